@@ -4,8 +4,8 @@
 + and - that uses the given digits 2, 5 and 7, the others being free, and equals 19: `7+2+5+5` is right. It is made on
 the fly and every prompt has some 1,500 right answers, so entropy can be held without costing reward.
 
-*Question and answer* (`question_answer`): a JSONL file with `question` and `answer`, the final answer after `####`, as in
-GSM8K. Your own data trains the same way.
+*Question and answer* (`question_answer`): a JSONL file with `question` and `answer`, the final answer after `####`, as
+in GSM8K. Your own data trains the same way.
 
 A reward is R(q, o) in {0, 1}. The model's output is hostile input: it is only ever matched against patterns that take
 linear time, and read as numbers of bounded length.
@@ -52,7 +52,9 @@ EXPRESSION = re.compile(r"[1-9](?:[+-][1-9]){3,4}")
 
 def _value(expression: str) -> int:
     """Value of a string that matches EXPRESSION: digits at the even places, the sign of each before it."""
-    return sum((-1 if sign == "-" else 1) * int(d) for sign, d in zip("+" + expression[1::2], expression[::2], strict=True))
+    return sum(
+        (-1 if sign == "-" else 1) * int(d) for sign, d in zip("+" + expression[1::2], expression[::2], strict=True)
+    )
 
 
 def countdown_example(rng: random.Random, split: str = "train") -> tuple[Problem, str]:
@@ -112,7 +114,7 @@ def _number(text: str) -> Decimal | None:
 
 
 def final_answer(completion: str) -> str:
-    r"""What a completion gives as its answer: the line after the last `####`, else the last `\boxed{}`, else its last number."""
+    r"""A completion's answer: the line after its last `####`, else its last `\boxed{}`, else its last number."""
     if "####" in completion:
         return completion.rpartition("####")[2].strip().partition("\n")[0].strip()
     if "\\boxed{" in completion:
@@ -149,13 +151,14 @@ def load_problems(path: str | Path) -> list[Problem]:
             continue
         try:
             record = json.loads(line)
-            question, answer = record["question"], str(record["answer"]).rpartition("####")[2].strip()
+            question, answer = record["question"], record["answer"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            question = answer = ""
-        if not (isinstance(question, str) and question.strip() and answer):
+            question = answer = None
+        final = str(answer).rpartition("####")[2].strip()
+        if not (isinstance(question, str) and question and isinstance(answer, str | int | float) and final):
             example = '{"question": "...", "answer": "... #### 42"}'
             raise ValueError(f"{path}, line {number}: expected an object like {example}, got {line[:60]!r}")
-        problems.append(Problem(question, answer))
+        problems.append(Problem(question, final))
     if not problems:
         raise ValueError(f"{path} holds no problems")
     return problems
@@ -172,12 +175,14 @@ def download_gsm8k(split: str) -> Path:
         try:
             torch.hub.download_url_to_file(GSM8K_URL.format(split), str(path), hash_prefix=GSM8K_SHA256[split])
         except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download GSM8K ({error}): give your own with --train_file and --test_file") from None
+            raise ValueError(
+                f"cannot download GSM8K ({error}): give your own with --train_file and --test_file"
+            ) from None
     return path
 
 
 def question_answer(train_file: str | None, test_file: str | None) -> Task:
-    """The task of a JSONL file, GSM8K's own if none is given. Without a test file the last tenth of the problems is it."""
+    """The task of a JSONL file, GSM8K if none is given; the last tenth is held out where there is no test file."""
     train = load_problems(train_file or download_gsm8k("train"))
     if test_file or not train_file:
         test = load_problems(test_file or download_gsm8k("test"))
@@ -185,7 +190,9 @@ def question_answer(train_file: str | None, test_file: str | None) -> Task:
         held_out = -(-len(train) // 10)
         train, test = train[:-held_out], train[-held_out:]
     else:
-        raise ValueError(f"{train_file} holds one problem: without --test_file it takes two or more, one to evaluate on")
+        raise ValueError(
+            f"{train_file} holds one problem: without --test_file it takes two or more, one to evaluate on"
+        )
     return Task(train, test, ANSWER_INSTRUCTION, answer_reward)
 
 

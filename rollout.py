@@ -21,7 +21,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from entropy import at_least_float32, logprobs_and_entropies
@@ -63,7 +69,7 @@ class RowTemperature(LogitsProcessor):
 
 
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
-    """Questions as the model expects them: a user's turn of its chat template, thinking off, or plain text without one."""
+    """Questions as the model expects them: in its chat template, with thinking off, or as plain text without one."""
     contents = [f"{question}\n\n{instruction}" for question in questions]
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
@@ -168,6 +174,13 @@ def prepare_policy(model: PreTrainedModel) -> None:
     ours = head(model.base_model(input_ids=ids).last_hidden_state)
     if not torch.allclose(model(input_ids=ids).logits.float(), ours.float(), atol=1e-3):
         raise ValueError(f"{type(model).__name__} post-processes its logits, which entropy.py does not: choose another")
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Prepare the layers to recompute activations in the backward pass, where `set_gradient_checkpointing` says so."""
+    # Newer releases of transformers call it activation checkpointing.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:

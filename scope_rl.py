@@ -71,7 +71,7 @@ def scope_loss(
     """-J of the given samples: their share of the batch's loss, so that the shares of micro-batches add up.
 
     Args:
-        logprobs, old_logprobs: `[B, T]`, under the policy being updated and the one that sampled, both at temperature 1.
+        logprobs, old_logprobs: `[B, T]` under the policy being updated and the one that sampled, both at temperature 1.
         entropies: `[B, T]` nats, differentiable, used by the entropy bonus only.
         mask: `[B, T]` bool, true on the completions' tokens.
         advantages, weights: `[B]`, from `advantages_and_weights`.
@@ -127,7 +127,9 @@ def scope_temperature(
     return temperature, integral
 
 
-def aepo_temperature(entropy: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2) -> tuple[float, float]:
+def aepo_temperature(
+    entropy: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2
+) -> tuple[float, float]:
     """AEPO, SCOPE's predecessor: hot where the entropy is at or below the target, cold and half as many above it.
 
     Its auxiliary positives have advantage 1 and count like ordinary samples, which is SCOPE's objective with the weight

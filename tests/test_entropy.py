@@ -1,0 +1,99 @@
+"""entropy.py against float64, autograd, finite differences, and a watch on every tensor made."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from entropy import entropy_temperature_derivative, logprobs_and_entropies, masked_mean, token_entropy
+
+
+def test_entropy_of_known_distributions():
+    assert token_entropy(torch.zeros(17)).item() == pytest.approx(math.log(17))  # uniform
+    assert token_entropy(torch.tensor([1000.0, 0.0, -1000.0])).item() == 0.0  # certain, with huge logits
+    p = torch.tensor([0.5, 0.25, 0.25])
+    assert token_entropy(p.log()).item() == pytest.approx(1.5 * math.log(2))
+    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(1.5 * math.log(2))  # T undoes the factor
+
+
+def test_entropy_at_a_temperature_per_distribution():
+    logits, T = torch.randn(5, 11), torch.tensor([0.1, 0.5, 1.0, 2.0, 10.0])
+    p = (logits.double() / T.double()[:, None]).exp()
+    p = p / p.sum(-1, keepdim=True)
+    torch.testing.assert_close(token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_temperature_derivative_against_autograd_and_finite_differences(scale):
+    logits = torch.randn(50, 23, dtype=torch.float64) * scale
+    T = torch.rand(50, dtype=torch.float64) * 3 + 0.3
+    T.requires_grad_()
+    (by_autograd,) = torch.autograd.grad(token_entropy(logits, T).sum(), T)
+    h = 1e-5
+    by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (2 * h)
+    closed_form = entropy_temperature_derivative(logits, T.detach())
+    assert (closed_form >= 0).all()
+    torch.testing.assert_close(closed_form, by_autograd, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(closed_form, by_difference, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
+def test_chunked_scoring_equals_float64_log_softmax(chunk_size):
+    """Values and gradients, to hidden states and to the head, for any chunk size."""
+    N, D, V = 40, 16, 101
+    hidden, weight, tokens = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
+    upstream = torch.randn(2, N)
+
+    def run(hidden, weight, function):
+        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropies = function(hidden, weight)
+        (logprobs * upstream[0] + entropies * upstream[1]).sum().backward()
+        return [t.double() for t in (logprobs.detach(), entropies.detach(), hidden.grad, weight.grad)]
+
+    def reference(hidden, weight):
+        log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
+        return log_p[torch.arange(N), tokens], -(log_p.exp() * log_p).sum(-1)
+
+    ours = run(hidden, weight, lambda h, w: logprobs_and_entropies(h, lambda x: x @ w.T, tokens, chunk_size))
+    expected = run(hidden.double(), weight.double(), reference)
+    for got, wanted in zip(ours, expected, strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max())
+
+
+def test_no_tensor_of_all_logits_ever_exists():
+    """Every tensor that any operator makes is watched, in the forward and the backward pass."""
+    N, D, V, chunk = 64, 8, 500, 4
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with Watch():
+        sums = logprobs_and_entropies(hidden, lambda h: h @ weight.T, torch.randint(V, (N,)), chunk)
+        (sums[0] + sums[1]).sum().backward()
+    assert hidden.grad is not None
+    assert chunk * V <= largest <= max(chunk * V, V * D) < N * V / 4
+
+
+def test_half_precision_logits_are_raised_to_float32():
+    logits = (torch.randn(8, 50) * 5).bfloat16()
+    entropy = token_entropy(logits)
+    assert entropy.dtype == torch.float32
+    torch.testing.assert_close(entropy.double(), token_entropy(logits.double()), atol=1e-5, rtol=0)
+
+
+def test_masked_mean_ignores_what_is_masked_even_nan():
+    values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
+    per_row = masked_mean(values, mask, dim=1)
+    assert per_row.tolist() == [2.0, 5.0, 0.0]
+    assert masked_mean(values, mask).item() == 3.0
+    per_row.sum().backward()
+    assert values.grad.tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]

@@ -1,0 +1,371 @@
+"""train.py as a user meets it: the command line, the files, killing and resuming, and bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import reward
+import rollout
+import train
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("rollout_seconds", "update_seconds", "tokens_per_second")
+SMALL = (
+    "--preset tiny --generation_batch_size 32 --num_generations 4 --num_train_problems 12 --max_steps 4 --save_steps 2 "
+    "--num_eval_problems 3 --num_eval_generations 4 --logging_steps 0 --learning_rate 1e-3"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def easy_countdown(monkeypatch):
+    """A reward that a random model earns half of the time, so that there is something to learn."""
+    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2))
+
+
+@pytest.fixture
+def arguments(model_folder, tmp_path):
+    return [*SMALL, "--model", str(model_folder), "--output_dir", str(tmp_path / "run")]
+
+
+def run(arguments):
+    run = train.set_up(train.parse_config(arguments))
+    train.train(run)
+    return run
+
+
+def metrics_of(folder, without=TIMES):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+# --- The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train.parse_config([]).preset == "tiny"
+    assert train.parse_config(["--model", "x"]).preset == "laptop"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = train.parse_config([])
+    assert (config.preset, config.model, config.task, config.bf16) == ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "gsm8k", True)
+    # The published constants, where no preset departs from them.
+    assert (config.scope_target_entropy, config.scope_share, config.scope_weight) == (0.5, 1 / 64, 1 / 64)
+    assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
+    assert train.parse_config(["--scope_alpha", "0.5"]).scope_share == 0.5
+    assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
+    # A resumed run keeps its config but for what the command line says.
+    (tmp_path / "config.json").write_text(json.dumps({"preset": "tiny", "epsilon": 0.3, "max_steps": 7}))
+    config = train.parse_config(["--resume", "--output_dir", str(tmp_path), "--max_steps", "9"])
+    assert (config.preset, config.epsilon, config.max_steps, config.resume) == ("tiny", 0.3, 9, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_generations", "3"], "multiple of num_generations"),
+        (["--max_completion_length", "0"], "max_completion_length must be above 0"),
+        (["--learning_rate", "-1"], "learning_rate is -1.0"),
+        (["--learning_rate", "nan"], "learning_rate is nan"),
+        (["--scope_temperature_min", "2"], "exceeds scope_temperature_max"),
+        (["--num_mini_batches", "999"], "num_mini_batches is more"),
+        (["--resume"], "nothing to resume"),
+        (["--resume", "--output_dir", "/nowhere"], "nothing to resume"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        train.parse_config(["--preset", "tiny", *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_errors_on_the_command_line_are_one_line_without_traceback(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--preset",
+        "tiny",
+        "--model",
+        str(tmp_path),
+        "--output_dir",
+        tmp_path / "r",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: cannot load the model")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+# --- A run and its files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["scope", "grpo", "aepo"])
+def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, algorithm, capsys):
+    arguments += ["--algorithm", algorithm, "--entropy_coef", "0.01", "--epsilon_high", "0.28"]
+    finished = run(arguments)
+    folder = tmp_path / "run"
+    rows = metrics_of(folder, without=())
+    wanted = (
+        "step reward entropy scope_temperature scope_positive_frac loss grad_norm clip_fraction completion_length "
+        "truncated_frac learning_rate rollout_seconds update_seconds tokens_per_second"
+    )
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(list(row) == wanted.split() for row in rows)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert all((row["scope_temperature"] == 1.0) == (algorithm == "grpo") for row in rows[1:])
+    evaluations = json.loads((folder / "eval.json").read_text())
+    assert list(evaluations) == ["before", "after"]
+    assert list(evaluations["after"]) == ["pass@1", "pass@4", "distinct_correct"]
+    assert json.loads((folder / "config.json").read_text())["algorithm"] == algorithm
+    assert ("not the published constants" in capsys.readouterr().out) == (algorithm == "scope")
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, value in finished.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == finished.tokenizer("1+2=").input_ids
+
+    run([*arguments, "--output_dir", str(tmp_path / "again")])
+    assert metrics_of(tmp_path / "again") == metrics_of(folder)
+    run([*arguments, "--output_dir", str(tmp_path / "other"), "--seed", "1"])
+    assert metrics_of(tmp_path / "other") != metrics_of(folder)
+
+
+def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(30)))
+    finished = run([*arguments, "--task", "gsm8k", "--train_file", str(data)])
+    assert [len(finished.task.train), len(finished.task.test)] == [12, 3]
+    assert len(metrics_of(tmp_path / "run")) == 4
+
+
+def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
+    """SIGKILL to a real process; from the checkpoint on the metrics equal those of a run that was left alone."""
+    arguments += ["--max_steps", "40", "--save_steps", "7"]
+    script = "import reward, train; reward.countdown_reward = lambda p, c: float(len(c) % 2); train.main()"
+
+    def start(folder, *more):
+        command = [sys.executable, "-c", script, *arguments, "--output_dir", str(tmp_path / folder), *more]
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    moment = random.Random()  # really random: any moment must do
+    rows = moment.randrange(1, 39)
+    print(f"killed after {rows} rows")
+    killed = start("killed")
+    while not (path := tmp_path / "killed" / "metrics.jsonl").exists() or len(path.read_text().splitlines()) < rows:
+        assert killed.poll() is None
+        time.sleep(0.001)
+    time.sleep(moment.random() * 0.05)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    with open(path, "a") as file:
+        file.write('{"step": 99, "rew')  # a row cut off in the middle
+    assert start("killed", "--resume").wait() == 0
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    evaluations = [(tmp_path / folder / "eval.json").read_text() for folder in ("killed", "whole")]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_path, monkeypatch):
+    run([*arguments, "--max_steps", "2"])
+    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", lambda content, path: (path.write_bytes(b"half"), 1 / 0))
+    resume = [*arguments, "--resume", "--max_steps", "4"]
+    with pytest.raises(ZeroDivisionError):
+        run(resume)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+    monkeypatch.undo()
+    assert train.set_up(train.parse_config(resume)).step == 2
+
+
+def test_what_is_there_is_not_overwritten_and_damage_is_reported(arguments, tmp_path):
+    run([*arguments, "--max_steps", "2"])
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(arguments)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    rows = metrics_of(tmp_path / "run")
+    with pytest.raises(ValueError, match="cannot resume from"):
+        run([*arguments, "--resume"])
+    assert metrics_of(tmp_path / "run") == rows
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(arguments, tmp_path, monkeypatch):
+    started = train.set_up(train.parse_config(arguments))
+    before = {name: value.clone() for name, value in started.model.state_dict().items()}
+    score = rollout.score
+    monkeypatch.setattr(rollout, "score", lambda *a: tuple(x * x.new_tensor(float("nan")) for x in score(*a)))
+    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
+        train.train_step(started)
+    assert all(torch.equal(value, before[name]) for name, value in started.model.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no tokenizer", "cut weights", "missing weights"])
+def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, damage):
+    weights = model_folder / "model.safetensors"
+    if damage == "no folder":
+        arguments += ["--model", "/no/such/folder"]
+    elif damage == "no tokenizer":
+        for path in model_folder.glob("tokenizer*"):
+            path.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"cannot load the model|lacks weights|makes nothing of a prompt") as error:
+        train.set_up(train.parse_config(arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_that_do_not_fit_are_refused(arguments):
+    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed the 64 positions"):
+        train.set_up(train.parse_config([*arguments, "--max_completion_length", "60"]))
+
+
+# --- One step -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_comes_once_a_pass_in_a_new_order():
+    problems = [reward.Problem(str(i), "") for i in range(10)]
+    drawn = [p.question for step in range(20) for p in train.choose_problems(problems, 4, seed=3, step=step)]
+    passes = [drawn[i : i + 10] for i in range(0, 80, 10)]
+    assert all(sorted(p, key=int) == [str(i) for i in range(10)] for p in passes)
+    assert len({tuple(p) for p in passes}) == 8
+    assert len(train.choose_problems(problems, 25, seed=0, step=2)) == 25  # more than there are
+
+
+def after_one_step(arguments, folder, *more):
+    one = train.set_up(train.parse_config([*arguments, "--output_dir", str(folder), *more]))
+    metrics, _ = train.train_step(one)
+    return one, metrics
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size):
+    # SGD, since AdamW's first step keeps only the sign of a gradient and so magnifies rounding where it is near 0.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr))
+        whole, expected = after_one_step(arguments, tmp_path / "a", "--learning_rate", "10")
+        parts, got = after_one_step(
+            arguments, tmp_path / "b", "--learning_rate", "10", "--per_device_train_batch_size", str(size)
+        )
+    moved = 0.0
+    start = AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1]).state_dict()
+    for name, value in whole.model.state_dict().items():
+        moved = max(moved, (value - start[name]).abs().max().item())
+        torch.testing.assert_close(parts.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+    assert moved > 1e-2
+    for name in ("loss", "grad_norm", "clip_fraction", "entropy"):
+        assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+
+
+def test_nothing_to_learn_from_changes_nothing(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: 0.0)
+    one, metrics = after_one_step(arguments, tmp_path / "a")
+    start = AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1]).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in one.model.state_dict().items())
+    assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (0.0, 0.0, 0.0)
+    assert metrics["entropy"] > 0  # measured all the same
+    assert metrics["learning_rate"] == pytest.approx(1e-3 / 10)  # the first step of the warm-up
+
+
+def test_truncated_completions_earn_nothing(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: 1.0)
+    _, metrics = after_one_step(arguments, tmp_path / "a", "--max_completion_length", "3")
+    assert 0 < metrics["truncated_frac"] < 1
+    assert metrics["reward"] == pytest.approx(1 - metrics["truncated_frac"])
+
+
+def test_one_update_a_step_is_on_policy_and_never_clipped(arguments, tmp_path):
+    for epsilon in ("0.2", "0"):
+        folder = tmp_path / epsilon
+        assert (
+            after_one_step(arguments, folder, "--num_mini_batches", "1", "--epsilon", epsilon)[1]["clip_fraction"] == 0
+        )
+
+
+def test_temperature_and_share_of_each_algorithm(arguments):
+    def control(entropy, *more):
+        one = train.Run(train.parse_config([*arguments, *more]), None, {}, None, None, None, entropy=entropy)
+        return train.control(one)
+
+    assert control(None) == (1.0, 8)  # nothing known before the first step; a quarter of 32
+    assert control(0.3)[0] == pytest.approx(1.2)  # gain 2 toward 0.4
+    assert control(0.3, "--algorithm", "grpo") == (1.0, 0)
+    assert control(0.3, "--scope_share", "0") == (1.0, 0)
+    assert control(0.3, "--scope_share", "0.001")[1] == 1  # never fewer than one
+    assert control(0.3, "--algorithm", "aepo") == (1.5, 8)
+    assert control(0.5, "--algorithm", "aepo") == (0.5, 4)
+
+
+def test_the_auxiliary_samples_are_drawn_at_t_in_the_same_call(arguments, tmp_path, monkeypatch):
+    calls, generate = [], rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda *a: calls.append(a[3]) or generate(*a))
+    one, _ = after_one_step(arguments, tmp_path / "a")
+    one.entropy = 0.3
+    train.train_step(one)
+    assert len(calls) == 2
+    assert calls[1].tolist() == pytest.approx([1.0] * 32 + [1.2] * 8)
+
+
+# --- The tiny model -------------------------------------------------------------------------------------------------------
+
+
+def test_warm_start_learns_and_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path))
+    full, calls = train.warm_start, []
+
+    def short(folder):
+        calls.append(folder)
+        full(folder, steps=60)
+
+    monkeypatch.setattr(train, "warm_start", short)
+    monkeypatch.setattr(train.inspect, "getsource", lambda function: "the same")
+    folder = train.warm_started_model()
+    assert train.warm_started_model() == folder
+    assert len(calls) == 1
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) < 120_000
+    samples = rollout.generate(model, tokenizer, ["2,5,7:19="] * 64, torch.ones(64), 12)
+    shaped = sum(reward.EXPRESSION.fullmatch(text) is not None for text in samples.texts)
+    assert shaped > 16  # of random text, about none
+
+
+@pytest.mark.slow
+def test_the_main_job_raises_reward_and_holds_entropy(tmp_path):
+    """The README's command on the tiny preset, warm start included, and the same without the auxiliary term."""
+    results = {}
+    for algorithm in ("scope", "grpo"):
+        folder = tmp_path / algorithm
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            "--preset",
+            "tiny",
+            "--algorithm",
+            algorithm,
+            "--output_dir",
+            folder,
+        ]
+        subprocess.run(command, check=True)
+        rows = metrics_of(folder)
+        last = rows[-len(rows) // 5 :]
+        results[algorithm] = [np.mean([row[name] for row in last]) for name in ("reward", "entropy")]
+        assert results[algorithm][0] >= rows[0]["reward"] + 0.3
+    target = train.PRESETS["tiny"]["scope_target_entropy"]
+    assert abs(results["scope"][1] - target) <= 0.1 * target
+    assert results["grpo"][1] < 0.5 * target

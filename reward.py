@@ -40,8 +40,6 @@ class Task(NamedTuple):
     reward: Callable[[Problem, str], float]
 
 
-# --- Countdown -------------------------------------------------------------------------------------------------------
-
 COUNTDOWN_INSTRUCTION = (
     "The line above gives three digits and a target. Write an expression of four or five digits from 1 to 9, joined by "
     "+ and -, that uses the three given digits (the others are free) and equals the target. "
@@ -94,8 +92,6 @@ def countdown(num_train: int, num_test: int, seed: int) -> Task:
         countdown_reward,
     )
 
-
-# --- Question and answer ---------------------------------------------------------------------------------------------
 
 ANSWER_INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
 NUMBER = re.compile(r"(?:(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
@@ -201,9 +197,6 @@ def cache_dir() -> Path:
     path = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-# --- What was solved -------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

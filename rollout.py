@@ -45,18 +45,6 @@ class Rollout:
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
     texts: list[str]  # B decoded completions without special tokens
 
-    def rows(self, index: Tensor) -> "Rollout":
-        """The rows `index` `[n]`, without the columns of padding that these rows do not need."""
-        attention, mask = self.attention_mask[index], self.completion_mask[index]
-        P = self.attention_mask.shape[1] - self.completion_mask.shape[1]
-        used = attention.any(0).nonzero()[:, 0]
-        left, right = int(used[0]), int(used[-1]) + 1
-        texts = [self.texts[i] for i in index.tolist()]
-        columns = slice(left, right)
-        return Rollout(
-            self.sequences[index, columns], attention[:, columns], mask[:, : right - P], self.truncated[index], texts
-        )
-
 
 class RowTemperature(LogitsProcessor):
     """Divides row i's logits by its own temperature T_i, so that `generate` samples from softmax(z / T_i)."""
@@ -90,7 +78,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     temperatures: Tensor,
-    max_completion_length: int,
+    max_length: int,
 ) -> Rollout:
     """Sample one completion a prompt, row i from softmax(z / temperatures[i]) and from nothing else.
 
@@ -100,7 +88,7 @@ def generate(
     Args:
         prompts: B formatted prompts.
         temperatures: `[B]`, above zero.
-        max_completion_length: tokens, the end token included.
+        max_length: of a completion, in tokens, the end token included.
     """
     ends = end_token_ids(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pad may equal an end token
@@ -110,7 +98,7 @@ def generate(
     P = inputs["input_ids"].shape[1]
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-        max_new_tokens=max_completion_length, eos_token_id=ends, pad_token_id=pad,
+        max_new_tokens=max_length, eos_token_id=ends, pad_token_id=pad,
     )  # fmt: skip
     models_own, model.generation_config = model.generation_config, sampling
     try:
@@ -129,24 +117,28 @@ def generate(
     return Rollout(sequences, attention_mask, completion_mask, ~is_end.any(1), texts)
 
 
-def score(model: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the sampled tokens and entropies of the policy at temperature 1, in nats.
+def score(model: PreTrainedModel, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the sampled tokens, and entropies of the policy they came from, at temperature 1, in nats.
+
+    Args:
+        rows: `[n]`, which completions. Columns that are padding in all of them are left out of the forward pass.
 
     Returns:
-        two `[B, T]` float32 tensors, zero outside `completion_mask`; differentiable if grad is enabled.
+        two `[n, T]` float32 tensors, zero outside `completion_mask`; differentiable where grad is enabled.
     """
-    mask = rollout.completion_mask
-    T = mask.shape[1]
-    position_ids = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)  # left padding does not count  [B, P + T]
-    hidden = model.base_model(
-        input_ids=rollout.sequences,
-        attention_mask=rollout.attention_mask.long(),
-        position_ids=position_ids,
-        use_cache=False,
-    ).last_hidden_state[:, -T - 1 : -1]  # the state before a token predicts it  [B, T, D]
-    head, tokens = model.get_output_embeddings(), rollout.sequences[:, -T:][mask]  # [N]
+    attention = rollout.attention_mask[rows]  # [n, P + T]
+    used = attention.any(0).nonzero()[:, 0]
+    columns = slice(int(used[0]), int(used[-1]) + 1)  # S of them
+    ids, attention = rollout.sequences[rows, columns], attention[:, columns]  # [n, S]
+    position_ids = (attention.cumsum(1) - 1).clamp(min=0)  # left padding does not count
+    inputs = {"input_ids": ids, "attention_mask": attention.long(), "position_ids": position_ids, "use_cache": False}
+    hidden = model.base_model(**inputs).last_hidden_state[:, :-1]  # the state before a token predicts it  [n, S - 1, D]
+    mask = rollout.completion_mask[rows]  # [n, T]
+    first = rollout.attention_mask.shape[1] - mask.shape[1] - columns.start  # where completions begin
+    is_completion = attention & (torch.arange(ids.shape[1], device=ids.device) >= first)  # [n, S]
+    predicted, tokens = hidden[is_completion[:, 1:]], ids[is_completion]  # only real tokens: [N, D], [N]
     chunk_size = max(1, LOGITS_BUDGET // model.get_input_embeddings().num_embeddings)
-    flat = logprobs_and_entropies(hidden[mask], head, tokens, chunk_size)  # only real tokens: N of B * T
+    flat = logprobs_and_entropies(predicted, model.get_output_embeddings(), tokens, chunk_size)  # [N], [N]
     zeros = torch.zeros(mask.shape, dtype=flat[0].dtype, device=mask.device)
     return zeros.masked_scatter(mask, flat[0]), zeros.masked_scatter(mask, flat[1])
 
@@ -176,19 +168,15 @@ def prepare_policy(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} post-processes its logits, which entropy.py does not: choose another")
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Prepare the layers to recompute activations in the backward pass, where `set_gradient_checkpointing` says so."""
-    # Newer releases of transformers call it activation checkpointing.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def set_gradient_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
-    """Recompute each layer's activations in the backward pass (for updates), or not (for sampling with a cache).
+    """Recompute each layer's activations in the backward pass (for updates), or not (for sampling, with a cache).
 
     Transformers ties this to training mode, which would also turn dropout on. So only the layers' own flag is set
     here, and every module inside them stays in evaluation mode.
     """
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = enabled
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if enabled and not any(layer.gradient_checkpointing for layer in layers):  # by its newer name where there is one
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = enabled

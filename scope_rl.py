@@ -58,16 +58,9 @@ def advantages_and_weights(rewards: Tensor, auxiliary_rewards: Tensor, scope_wei
 
 
 def scope_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    entropies: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    bonus_weights: Tensor,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, advantages: Tensor, weights: Tensor,
+    bonus_weights: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-J of the given samples: their share of the batch's loss, so that the shares of micro-batches add up.
 
     Args:
@@ -93,16 +86,9 @@ def scope_loss(
 
 
 def scope_temperature(
-    entropy: float,
-    integral: float,
-    *,
-    target: float,
-    minimum: float = 0.8,
-    maximum: float = 1.2,
-    gain: float = 1.0,
-    integral_gain: float = 0.0,
-    integral_band: float = 0.1,
-) -> tuple[float, float]:
+    entropy: float, integral: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2,
+    gain: float = 1.0, integral_gain: float = 0.0, integral_band: float = 0.1,
+) -> tuple[float, float]:  # fmt: skip
     """T = clip(1 + H0 - H, 0.8, 1.2), the paper's rule, with two options that are ours: a gain and an integral.
 
         T = clip(1 + gain * (H0 - H) + I, T_min, T_max),     I <- I + integral_gain * (H0 - H)

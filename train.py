@@ -53,9 +53,7 @@ class Config:
 
     preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by device, and by --model")
     model: str | None = option(None, "causal LM, a folder or a name on the hub; default: the preset's")
-    task: Literal["countdown", "gsm8k"] = option(
-        "gsm8k", "gsm8k: questions and answers, GSM8K's own or from your files"
-    )
+    task: Literal["countdown", "gsm8k"] = option("gsm8k", "gsm8k: questions and answers, its own or your files'")
     train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
     test_file: str | None = option(None, "the same, to evaluate on; default: the last tenth of train_file")
     num_train_problems: int | None = option(None, "use so many; default: all of a file, 128 of countdown")
@@ -125,7 +123,7 @@ PRESETS = {
     # Any small LM on a CPU: a look at the real thing, about a minute a step, too short to learn much.
     "laptop": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "generation_batch_size": 16, "num_generations": 4,
-        "max_completion_length": 96, "max_steps": 20, "learning_rate": 5e-6, "num_eval_problems": 4,
+        "max_completion_length": 128, "max_steps": 20, "learning_rate": 5e-6, "num_eval_problems": 4,
         "num_eval_generations": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 5,
     },
     # 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are too weak at this
@@ -162,9 +160,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return Config(**vars(parser.parse_args(argv)))
 
 
-# --- The tiny model: a character-level Qwen3 that knows a little Countdown ----------------------------
-
-
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
     """A token for each character of Countdown. Its chat template keeps the question and drops the instruction."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-,:="])}
@@ -177,9 +172,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def warm_start(
-    folder: Path, steps: int = 3500, batch_size: int = 64, learning_rate: float = 4e-3, seed: int = 0
-) -> None:
+def warm_start(folder: Path, steps: int = 3500, batch_size: int = 64, peak_lr: float = 4e-3, seed: int = 0) -> None:
     """Train the tiny model from scratch on random right Countdown expressions; save it and its tokenizer in `folder`.
 
     Supervised, and on problems of the training split only. Stopped early on purpose: it then solves almost half of the
@@ -189,13 +182,13 @@ def warm_start(
     rng, tokenizer = random.Random(f"warm start {seed}"), tiny_tokenizer()
     model = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=16,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         )
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
     for _ in tqdm(range(steps), desc="warm start, once"):
         examples = [reward.countdown_example(rng) for _ in range(batch_size)]
         texts = [f"{problem.question}{expression}<eos>" for problem, expression in examples]
@@ -220,9 +213,6 @@ def warm_started_model() -> str:
         warm_start(unfinished)
         shutil.rmtree(unfinished) if folder.exists() else os.replace(unfinished, folder)  # another run may be first
     return str(folder)
-
-
-# --- Set-up -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -259,19 +249,14 @@ def load_policy(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rollout.prepare_policy(model)
-    if config.gradient_checkpointing:
-        rollout.enable_gradient_checkpointing(model)
     return model, tokenizer
 
 
 def set_up(config: Config) -> Run:
     """Load everything a run needs, and its checkpoint if it resumes. Raises ValueError for input that cannot work."""
     output = Path(config.output_dir)
-    if not config.resume:
-        check(
-            not (output / "config.json").exists(),
-            f"{output} holds a run already: add --resume, or choose another --output_dir",
-        )
+    fresh = config.resume or not (output / "config.json").exists()
+    check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
     if config.task == "countdown":
         task = reward.countdown(config.num_train_problems or 128, config.num_eval_problems, config.seed)
     else:
@@ -282,10 +267,9 @@ def set_up(config: Config) -> Run:
     prompts = rollout.format_prompts(tokenizer, questions, task.instruction)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
     check(min(lengths) > 0, f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?")
-    longest = max(lengths)
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
-    needed = longest + config.max_completion_length
-    check(needed <= room, f"{longest} prompt tokens + max_completion_length exceed the {room} positions of the model")
+    fits = max(lengths) + config.max_completion_length <= room
+    check(fits, f"{max(lengths)} prompt tokens + max_completion_length exceed the {room} positions of the model")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
     run = Run(config, task, dict(zip(questions, prompts, strict=True)), model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
@@ -293,9 +277,6 @@ def set_up(config: Config) -> Run:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", dataclasses.asdict(config) | {"resume": False})
     return run
-
-
-# --- One step ---------------------------------------------------------------------------------------------------------
 
 
 def control(run: Run) -> tuple[float, int]:
@@ -343,15 +324,12 @@ def autocast(run: Run) -> torch.autocast:
 
 @torch.no_grad()
 def score_all(run: Run, samples: rollout.Rollout) -> tuple[Tensor, Tensor]:
-    """rollout.score in micro-batches, without gradients: `[B, T]` log-probabilities and entropies."""
-    logprobs = torch.zeros(samples.completion_mask.shape, device=run.model.device)
-    entropies = torch.zeros_like(logprobs)
-    for rows in torch.arange(len(logprobs), device=logprobs.device).split(run.config.per_device_train_batch_size):
-        micro = samples.rows(rows)
-        T = micro.completion_mask.shape[1]
-        with autocast(run):
-            logprobs[rows, :T], entropies[rows, :T] = rollout.score(run.model, micro)
-    return logprobs, entropies
+    """rollout.score of all samples in micro-batches, without gradients: `[B, T]` log-probabilities and entropies."""
+    rows = torch.arange(len(samples.texts), device=run.model.device)
+    with autocast(run):
+        parts = [rollout.score(run.model, samples, r) for r in rows.split(run.config.per_device_train_batch_size)]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
 
 
 def update(run: Run, samples: rollout.Rollout, prompt: Tensor, old_logprobs: Tensor, terms: dict[str, Tensor]) -> dict:
@@ -367,6 +345,7 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, old_logprobs: Ten
     """
     config, stats = run.config, []
     useful = (terms["advantages"] * terms["weights"] != 0) | (terms["bonus_weights"] != 0)  # the rest has no gradient
+    clips = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
     rollout.set_gradient_checkpointing(run.model, config.gradient_checkpointing)
     for m in range(config.num_mini_batches):
         rows = (useful & (prompt % config.num_mini_batches == m)).nonzero()[:, 0]
@@ -374,18 +353,15 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, old_logprobs: Ten
             continue
         rows = rows[samples.attention_mask[rows].sum(1).argsort(stable=True)]  # like lengths together: less padding
         loss, clipped = 0.0, 0.0
-        for index in rows.split(config.per_device_train_batch_size):
-            micro = samples.rows(index)
-            T = micro.completion_mask.shape[1]
+        for micro in rows.split(config.per_device_train_batch_size):
             with autocast(run):
-                logprobs, entropies = rollout.score(run.model, micro)  # [b, T]
-            micro_loss, micro_clipped = scope_rl.scope_loss(
-                logprobs, old_logprobs[index, :T], entropies, micro.completion_mask,
-                **{name: term[index] for name, term in terms.items()},
-                epsilon=config.epsilon, epsilon_high=config.epsilon_high,
-            )  # fmt: skip
-            micro_loss.backward()
-            loss, clipped = loss + micro_loss.item(), clipped + micro_clipped.item()
+                logprobs, entropies = rollout.score(run.model, samples, micro)  # [b, T]
+            mask, of_micro = samples.completion_mask[micro], {name: term[micro] for name, term in terms.items()}
+            part, part_clipped = scope_rl.scope_loss(
+                logprobs, old_logprobs[micro], entropies, mask, **of_micro, **clips
+            )
+            part.backward()
+            loss, clipped = loss + part.item(), clipped + part_clipped.item()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient of step {run.step + 1} is not finite; try a lower learning_rate")
@@ -443,9 +419,8 @@ def train_step(run: Run) -> tuple[dict[str, float], list[str]]:
         "tokens_per_second": samples.completion_mask.sum().item() / seconds,
     }
     shown = [(0, 1.0), (N, temperature)][: 2 if num_auxiliary else 1]
-    return metrics, [
-        f"  T {t:.2f}, reward {rewards[i]:.0f}: {problems[i].question!r} -> {samples.texts[i]!r}" for i, t in shown
-    ]
+    line = "  T {:.2f}, reward {:.0f}: {!r:.100} -> {!r:.400}".format
+    return metrics, [line(T, rewards[i], problems[i].question, samples.texts[i]) for i, T in shown]
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -462,9 +437,6 @@ def evaluate(run: Run) -> dict[str, float]:
     means = {f"pass@{k}": [reward.pass_at_k(n, int(sum(rewards[g])), k) for g in groups] for k in ks}
     means["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
     return {name: float(np.mean(values)) for name, values in means.items() if values}
-
-
-# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -506,23 +478,16 @@ def open_metrics(path: Path, steps: int):
     return open(path, "a", buffering=1)
 
 
-# --- The loop ---------------------------------------------------------------------------------------------------------
-
-
 def announce(run: Run) -> None:
     """Say in a few lines what is about to run, and where it departs from the published constants."""
-    config = run.config
+    config, published = dataclasses.asdict(run.config), dataclasses.asdict(Config())
     print(
-        f"preset {config.preset} on {run.model.device}: {config.algorithm}, {config.task}, {len(run.task.train)} problems"
+        "preset {preset}: {algorithm} on {task}, steps {0} to {max_steps}, into {output_dir}".format(run.step, **config)
     )
-    print(
-        f"{run.model.num_parameters():,} parameters, steps {run.step} to {config.max_steps}, into {config.output_dir}"
-    )
-    published = dataclasses.asdict(Config())
-    ours = {name: value for name, value in dataclasses.asdict(config).items() if name.startswith("scope_")}
-    changed = ", ".join(f"{name} {value:g}" for name, value in ours.items() if value != published[name])
-    if changed and config.algorithm == "scope":
-        print(f"not the published constants (README, Presets, says why): {changed}")
+    print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    ours = {name: value for name, value in config.items() if name.startswith("scope_") and value != published[name]}
+    if ours and run.config.algorithm == "scope":
+        print("not the published constants:", ", ".join(f"{name} {value:g}" for name, value in ours.items()))
 
 
 def train(run: Run) -> None:
@@ -533,6 +498,8 @@ def train(run: Run) -> None:
     if not evaluations:
         evaluations["before"] = evaluate(run)
         write_json(output / "eval.json", evaluations)
+    summary = lambda when: ", ".join(f"{name} {value:.3f}" for name, value in evaluations[when].items())  # noqa: E731
+    print(f"before: {summary('before')}")
     with open_metrics(output / "metrics.jsonl", run.step) as metrics_file:
         bar = tqdm(range(run.step, config.max_steps), initial=run.step, total=config.max_steps, desc="train")
         for step in bar:
@@ -549,9 +516,7 @@ def train(run: Run) -> None:
     write_json(output / "eval.json", evaluations)
     run.model.save_pretrained(output / "model")
     run.tokenizer.save_pretrained(output / "model")
-    for when, values in evaluations.items():
-        print(f"{when:>6}:", ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
-    print(f"config, metrics, evaluations and the model are in {output}")
+    print(f"after: {summary('after')}\nconfig, metrics, evaluations and the model are in {output}")
 
 
 def main() -> None:

@@ -50,9 +50,9 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
     assert chi_square(torch.bincount(first[per_row == 0.8], minlength=V), torch.softmax(logits, -1)) > 6
 
     # The second token, scored by `score` itself: mean log-probability and its square match their expectations.
-    ones = samples.rows((per_row == 1.0).nonzero()[:, 0])
-    logprobs, entropies = (x.detach() for x in rollout.score(model, ones))
-    second = ones.completion_mask[:, 1]
+    ones = (per_row == 1.0).nonzero()[:, 0]
+    logprobs, entropies = (x.detach() for x in rollout.score(model, samples, ones))
+    second = samples.completion_mask[ones, 1]
     gap = (logprobs[:, 1] + entropies[:, 1])[second]  # E[log p] = -H, for every first token
     assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap))
 
@@ -63,7 +63,7 @@ def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer):
     rollout.prepare_policy(model)
     prompts = ["1+2=", "1,2,3:45=", "7="]
     samples = rollout.generate(model, tokenizer, prompts * 4, torch.full((12,), 1.5), max_completion_length=9)
-    logprobs, entropies = rollout.score(model, samples)
+    logprobs, entropies = rollout.score(model, samples, torch.arange(12))
     lengths = samples.completion_mask.sum(1)
     assert len(set(lengths.tolist())) > 2  # the case is worth testing
     for i in range(12):
@@ -73,9 +73,12 @@ def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer):
         torch.testing.assert_close(logprobs[i, : lengths[i]].double(), wanted, atol=1e-5, rtol=0)
         torch.testing.assert_close(entropies[i, : lengths[i]].double(), token_entropy(logits), atol=1e-5, rtol=0)
         assert not logprobs[i, lengths[i] :].any()
-        alone = samples.rows(torch.tensor([i]))
-        assert alone.sequences.shape[1] == ids.shape[1]  # every column of padding is gone
-        torch.testing.assert_close(rollout.score(model, alone)[0][0], logprobs[i, : lengths[i]], atol=1e-5, rtol=0)
+        seen = []
+        handle = model.model.layers[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        alone, _ = rollout.score(model, samples, torch.tensor([i]))
+        handle.remove()
+        assert seen[0].shape[:2] == ids.shape  # every column of padding is gone
+        torch.testing.assert_close(alone[0], logprobs[i], atol=1e-5, rtol=0)
 
 
 class Scripted:
@@ -129,13 +132,11 @@ def test_gradient_checkpointing_changes_no_value_and_turns_no_dropout_on(random_
     model = random_model(attention_dropout=0.5)
     rollout.prepare_policy(model)
     samples = rollout.generate(model, tokenizer, ["1+2=", "1="], torch.ones(2), 5)
-    results = []
+    rows, results = torch.arange(2), []
     for enabled in (False, True):
-        if enabled:
-            rollout.enable_gradient_checkpointing(model)
         rollout.set_gradient_checkpointing(model, enabled)
         model.zero_grad()
-        logprobs, entropies = rollout.score(model, samples)
+        logprobs, entropies = rollout.score(model, samples, rows)
         (logprobs + 0.1 * entropies).sum().backward()
         results.append([logprobs.detach(), *(p.grad.clone() for p in model.parameters())])
     for plain, checkpointed in zip(*results, strict=True):
@@ -143,10 +144,10 @@ def test_gradient_checkpointing_changes_no_value_and_turns_no_dropout_on(random_
     # It really recomputes: the layers run twice, and with sampling they may use their cache again.
     calls = []
     handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
-    rollout.score(model, samples)[0].sum().backward()
+    rollout.score(model, samples, rows)[0].sum().backward()
     assert len(calls) == 2
     rollout.set_gradient_checkpointing(model, False)
-    rollout.score(model, samples)[0].sum().backward()
+    rollout.score(model, samples, rows)[0].sum().backward()
     assert len(calls) == 3
     handle.remove()
 
@@ -165,7 +166,7 @@ def test_under_autocast_sampling_and_scoring_share_float32_logits(random_model, 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr(rollout, "RowTemperature", Spy)
         samples = rollout.generate(model, tokenizer, ["1+2="] * 8, torch.ones(8), 6)
-        logprobs, _ = rollout.score(model, samples)
+        logprobs, _ = rollout.score(model, samples, torch.arange(8))
     assert logprobs.dtype == torch.float32
     assert any((x.bfloat16().float() != x).any() for x in seen)  # not rounded
     tokens = samples.sequences[:, -len(seen) :]

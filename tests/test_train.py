@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,10 @@ import train
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("rollout_seconds", "update_seconds", "tokens_per_second")
-SMALL = (
+SMALL = shlex.split(
     "--preset tiny --generation_batch_size 32 --num_generations 4 --num_train_problems 12 --max_steps 4 --save_steps 2 "
     "--num_eval_problems 3 --num_eval_generations 4 --logging_steps 0 --learning_rate 1e-3"
-).split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
         "truncated_frac learning_rate rollout_seconds update_seconds tokens_per_second"
     )
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert all(list(row) == wanted.split() for row in rows)
+    assert all(list(row) == shlex.split(wanted) for row in rows)
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     assert all((row["scope_temperature"] == 1.0) == (algorithm == "grpo") for row in rows[1:])
     evaluations = json.loads((folder / "eval.json").read_text())

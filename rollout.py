@@ -74,12 +74,9 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    temperatures: Tensor,
-    max_length: int,
-) -> Rollout:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], temperatures: Tensor,
+    max_completion_length: int,
+) -> Rollout:  # fmt: skip
     """Sample one completion a prompt, row i from softmax(z / temperatures[i]) and from nothing else.
 
     A model's generation_config would apply silently (Qwen3's: temperature 0.6, top_k 20, top_p 0.95), and `generate`
@@ -88,7 +85,7 @@ def generate(
     Args:
         prompts: B formatted prompts.
         temperatures: `[B]`, above zero.
-        max_length: of a completion, in tokens, the end token included.
+        max_completion_length: tokens, the end token included.
     """
     ends = end_token_ids(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # pad may equal an end token
@@ -98,7 +95,7 @@ def generate(
     P = inputs["input_ids"].shape[1]
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-        max_new_tokens=max_length, eos_token_id=ends, pad_token_id=pad,
+        max_new_tokens=max_completion_length, eos_token_id=ends, pad_token_id=pad,
     )  # fmt: skip
     models_own, model.generation_config = model.generation_config, sampling
     try:

@@ -7,6 +7,7 @@ import transformers
 import train
 
 transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

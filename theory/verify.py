@@ -6,7 +6,7 @@ status 1 if anything claimed as proved is violated.
 
 A random policy has 2 to 1,000 tokens, Gaussian logits with a spread from 0.1 to 10 (log-uniform), weights that are
 binary (half of the cases) or graded, each token rewarded with a chance from 0 to 1, and T from 0.05 to 20. Margins are
-free of scale where a covariance is claimed to be positive: they are correlations. Differences from autograd are relative.
+free of scale where a covariance is claimed to be positive: correlations. Differences from autograd are relative.
 Cases that rounding decides (a spread or a hypothesis below 1e-7) are left out and not counted.
 """
 
@@ -17,10 +17,10 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-import closed_forms as cf
 import torch
 from torch import Tensor
 
+import closed_forms as cf
 from entropy import entropy_temperature_derivative, log_policy, token_entropy
 
 TINY = 1e-7

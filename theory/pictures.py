@@ -37,7 +37,7 @@ def draw_crossing() -> None:
         axis.axhline(0, color="black", lw=0.6)
         axis.set(xscale="log", xlabel="sampling temperature T", title=title)
     axes[0].set_ylabel("dH / d eta, nats")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(FOLDER / "crossing.png", dpi=110)
 
 

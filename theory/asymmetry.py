@@ -6,8 +6,8 @@ batch of its own samples, drawn at T, with one sign:
     positive:  theta + eta * grad  1/N sum_{i: R_i = 1} 1/|o_i| sum_t log pi(o_t)
     negative:  theta - eta * grad  1/N sum_{i: R_i = 0} 1/|o_i| sum_t log pi(o_t)
 
-and its exact token entropy is measured before and after on fixed contexts of held-out problems, all tokens sharing all
-weights. Set beside it is what the tabular theory predicts, -+(g_a - gbar) of each sampled token, summed with the same
+and its exact token entropy is measured before and after on fixed contexts: of held-out problems, and of the problems
+trained on. Set beside it is what the tabular theory predicts, -+(g_a - gbar) of each sampled token, summed with the same
 weights: exact if each context had logits of its own. Here they share weights, so its scale means nothing, but its sign
 and its order can be compared. Prints a table over seeds, and appends the rows to a file with --save.
 """
@@ -65,8 +65,9 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
     """One row per temperature and sign: measured and predicted entropy change, per unit of eta."""
     torch.manual_seed(seed)
     original, rows = copy.deepcopy(run.model.state_dict()), []
-    held_out, _ = contexts(run, [run.task.test[i % len(run.task.test)] for i in range(batch // 2)], 1.0)
+    held_out = [run.task.test[i % len(run.task.test)] for i in range(batch // 2)]
     problems = [run.task.train[i % len(run.task.train)] for i in range(batch)]
+    probes = {"held_out": contexts(run, held_out, 1.0)[0], "training": contexts(run, problems[: batch // 2], 1.0)[0]}
     for temperature in TEMPERATURES:
         samples, rewards = contexts(run, problems, temperature)
         for sign, chosen in (("positive", rewards == 1), ("negative", rewards == 0)):
@@ -81,12 +82,12 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
                     for p in run.model.parameters():
                         if p.grad is not None:
                             p += side * eta * p.grad
-                ends.append(mean_entropy(run, held_out))
+                ends.append([mean_entropy(run, probe) for probe in probes.values()])
                 run.model.load_state_dict(original)
             run.model.zero_grad()
-            measured = (ends[0] - ends[1]) / (2 * eta)
+            measured = dict(zip(probes, (np.array(ends[0]) - ends[1]) / (2 * eta), strict=True))
             rows.append({"seed": seed, "temperature": temperature, "sign": sign, "share": chosen.float().mean().item(),
-                         "measured": measured, "predicted": predicted})  # fmt: skip
+                         **measured, "predicted": predicted})  # fmt: skip
     return rows
 
 
@@ -103,16 +104,16 @@ def main() -> None:
     if args.save:
         with open(args.save, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds; predicted: the tabular theory's")
+    print(f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds; predicted: by the tabular theory")
+    columns = ("share", "held_out", "training", "predicted")
+    print(f"{'sign':<9} {'T':>3} " + "".join(f"{name:>18}" for name in columns))
     for sign in ("positive", "negative"):
         for temperature in TEMPERATURES:
             cell = [row for row in rows if (row["sign"], row["temperature"]) == (sign, temperature)]
-            measured, predicted, share = (
-                np.array([row[k] for row in cell]) for k in ("measured", "predicted", "share")
-            )
-            half = 2 * measured.std(ddof=1) / len(cell) ** 0.5 if len(cell) > 1 else float("nan")
-            print(f"{sign}  T {temperature:.1f}  share {share.mean():.2f}  "
-                  f"measured {measured.mean():+7.3f} ± {half:.3f}   predicted {predicted.mean():+7.4f}")  # fmt: skip
+            values = np.array([[row[name] for name in columns] for row in cell])  # [seeds, columns]
+            errors = 2 * values.std(0, ddof=min(1, len(cell) - 1)) / len(cell) ** 0.5
+            cells = zip(values.mean(0), errors, strict=True)
+            print(f"{sign:<9} {temperature:>3} " + "".join(f"{mean:>+9.4f} ± {error:.4f}" for mean, error in cells))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 *Countdown with free digits* (`countdown`): the prompt `2,5,7:19=` asks for an expression of 4 or 5 digits (1 to 9) with
 + and - that uses the given digits 2, 5 and 7, the others being free, and equals 19: `7+2+5+5` is right. It is made on
-the fly and every prompt has some 1,500 right answers, so entropy can be held without costing reward.
+the fly, and a prompt has about a thousand right answers, so entropy can be held without costing reward.
 
 *Question and answer* (`question_answer`): a JSONL file with `question` and `answer`, the final answer after `####`, as
 in GSM8K. Your own data trains the same way.

@@ -48,6 +48,24 @@ def test_countdown_examples_are_right_and_the_splits_are_disjoint():
     assert first.test == second.test  # evaluation does not depend on the seed
 
 
+def test_countdown_has_about_a_thousand_right_answers():
+    """Counted over all expressions; uniform over them is the most entropy a token that full reward allows."""
+    values, counts = {}, {}
+    for n in (4, 5):
+        digits = np.array(list(itertools.product(range(1, 10), repeat=n)))
+        signs = np.array([(1, *s) for s in itertools.product((1, -1), repeat=n - 1)])
+        values[n], counts[n] = digits @ signs.T, np.stack([(digits == d).sum(1) for d in range(10)], axis=1)
+    totals, bounds = [], []
+    for problem in reward.countdown(0, 60, seed=0).test:
+        given = Counter(problem.question.split(":")[0].split(","))
+        needed = np.array([given[str(d)] for d in range(10)])
+        right = {n: ((values[n] == int(problem.answer)) & (counts[n] >= needed).all(1)[:, None]).sum() for n in (4, 5)}
+        totals.append(right[4] + right[5])
+        bounds.append(np.log(totals[-1]) * totals[-1] / (8 * right[4] + 10 * right[5]))  # tokens, the end included
+    assert 800 < np.median(totals) < 1500
+    assert 0.65 < np.median(bounds) < 0.75
+
+
 HOSTILE = [
     "", " ", "\x00", "2+5+7+5; import os", "__import__('os')", "2+5+7+5+", "+2+5+7+5", "2+5+7+5#", "2++5+7+5", "2+5+7+5\n19",
     "٢+٥+٧+٥", "２+５+７+５", "9**9**9**9", "(2+5)+7+5", "02+5+7+5", "2+5+7+5.0", "1e999999", "#### " + "9" * 10**6,

@@ -7,7 +7,7 @@ batch of its own samples, drawn at T, with one sign:
     negative:  theta - eta * grad  1/N sum_{i: R_i = 0} 1/|o_i| sum_t log pi(o_t)
 
 and its exact token entropy is measured before and after on fixed contexts: of held-out problems, and of the problems
-trained on. Set beside it is what the tabular theory predicts, -+(g_a - gbar) of each sampled token, summed with the same
+trained on. Set beside it is what the tabular theory predicts, -+(g_a - gbar) of each token sampled, with the same
 weights: exact if each context had logits of its own. Here they share weights, so its scale means nothing, but its sign
 and its order can be compared. Prints a table over seeds, and appends the rows to a file with --save.
 """

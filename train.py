@@ -204,13 +204,13 @@ def warm_start(folder: Path, steps: int = 3500, batch_size: int = 64, peak_lr: f
     tokenizer.save_pretrained(folder)
 
 
-def warm_started_model() -> str:
+def warm_started_model(seed: int = 0) -> str:
     """The folder of the warm-started tiny model, made on first use; changing the code that makes it makes a new one."""
     source = "".join(inspect.getsource(f) for f in (tiny_tokenizer, warm_start, reward.countdown_example))
-    folder = reward.cache_dir() / f"tiny-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    folder = reward.cache_dir() / f"tiny-{hashlib.sha256(source.encode()).hexdigest()[:12]}-{seed}"
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        warm_start(unfinished)
+        warm_start(unfinished, seed=seed)
         shutil.rmtree(unfinished) if folder.exists() else os.replace(unfinished, folder)  # another run may be first
     return str(folder)
 

@@ -330,15 +330,15 @@ def test_warm_start_learns_and_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path))
     full, calls = train.warm_start, []
 
-    def short(folder):
-        calls.append(folder)
-        full(folder, steps=60)
+    def short(folder, seed):
+        calls.append(seed)
+        full(folder, steps=60, seed=seed)
 
     monkeypatch.setattr(train, "warm_start", short)
     monkeypatch.setattr(train.inspect, "getsource", lambda function: "the same")
     folder = train.warm_started_model()
     assert train.warm_started_model() == folder
-    assert len(calls) == 1
+    assert calls == [0]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) < 120_000
     samples = rollout.generate(model, tokenizer, ["2,5,7:19="] * 64, torch.ones(64), 12)

@@ -274,6 +274,16 @@ def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size):
         assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 
+def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
+    """bfloat16 autocast and gradient checkpointing: the same step but for rounding, with float32 weights throughout."""
+    plain, expected = after_one_step(arguments, tmp_path / "a")
+    half, got = after_one_step(arguments, tmp_path / "b", "--bf16", "--gradient_checkpointing")
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.05)
+    moved = [(a - b).abs().max().item() for a, b in zip(plain.model.parameters(), half.model.parameters(), strict=True)]
+    assert 0 < max(moved) <= 2.1 * 2 * expected["learning_rate"]  # AdamW moves a weight by the learning rate at most
+
+
 def test_nothing_to_learn_from_changes_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: 0.0)
     one, metrics = after_one_step(arguments, tmp_path / "a")

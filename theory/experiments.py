@@ -2,7 +2,8 @@
 
 Runs `train.py`'s own `set_up` and `train` over a grid of options, one run a core; seed s uses the warm start s mod 2.
 What is in theory/results.jsonl is not run again, and an interrupted run goes on from its checkpoint, so the command can
-be stopped at any time. It ends with a table of means and 95% intervals over the seeds; `--seeds 0` only prints it.
+be stopped at any time. It ends with a table and a figure: means and 95% intervals over the seeds (`--seeds 0`: just
+these).
 """
 
 import argparse
@@ -81,11 +82,33 @@ def summarise(rows: list[dict]) -> None:
     print(f"{'':<32}" + "".join(f"{name:>18}" for name in ("seeds", *columns)))
     for label in dict.fromkeys(row["label"] for row in rows):
         cell = [row | {"error": abs(row["entropy"] - row["target"])} for row in rows if row["label"] == label]
-        values = np.array([[row[name] for name in columns] for row in cell])  # [seeds, columns]
-        n = len(cell)
-        half = T_95.get(n - 1, 2.0) * values.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full(len(columns), np.nan)
-        numbers = "".join(f"{m:>9.3f} ± {h:<6.3f}" for m, h in zip(values.mean(0), half, strict=True))
-        print(f"{label:<32}{n:>18}{numbers}")
+        intervals = [interval([row[name] for row in cell]) for name in columns]
+        print(f"{label:<32}{len(cell):>18}" + "".join(f"{mean:>9.3f} ± {half:<6.3f}" for mean, half in intervals))
+
+
+def draw(experiment: str, rows: list[dict]) -> None:
+    """theory/EXPERIMENT.png: entropy over the steps, and Pass@1 against distinct right answers, with 95% intervals."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
+        cell = [row for row in rows if row["label"] == label]
+        style = {"color": plt.cm.tab20(i % 20), "linestyle": "--" if label.startswith("SCOPE") else "-"}
+        curves = np.array([row["entropies"] for row in cell])  # [seeds, steps / 10]
+        axes[0].plot(10 * np.arange(curves.shape[1]) + 5, curves.mean(0), label=label, **style)
+        (x, dx), (y, dy) = (interval([row[name] for row in cell]) for name in ("distinct_correct", "pass@1"))
+        axes[1].errorbar(x, y, dy, dx, fmt="o", color=style["color"], lw=1)
+    axes[0].set(xlabel="step", ylabel="entropy, nats a token")
+    axes[1].set(xlabel="distinct right answers of 64 samples", ylabel="Pass@1")
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(RESULTS.with_name(f"{experiment}.png"), dpi=100)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval (Student's t; NaN for one value)."""
+    n = len(values)
+    half = T_95.get(n - 1, 2.0) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return float(np.mean(values)), float(half)
 
 
 def main() -> None:
@@ -111,6 +134,7 @@ def main() -> None:
                 f"{done} of {len(jobs)}: {row['label']}, seed {row['seed']}, entropy {row['entropy']:.3f}", flush=True
             )
     summarise(read_results(args.name))
+    draw(args.name, read_results(args.name))
 
 
 if __name__ == "__main__":

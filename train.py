@@ -150,8 +150,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
-        check(path.exists(), f"nothing to resume: --output_dir must name the folder of a run, and there is no {path}")
-        defaults = json.loads(path.read_text())
+        try:
+            defaults = json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"nothing to resume: --output_dir must name a run's folder; cannot read {path}") from None
     else:
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else "laptop" if args.model else "tiny")
         folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")

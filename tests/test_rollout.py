@@ -57,9 +57,19 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
     assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap))
 
 
-def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer):
+def gpt2(tokenizer):
+    """A random model with learned absolute positions (Qwen3's are relative, and hide a mistake in position ids)."""
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, **ids
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer, architecture):
     """Scored in a batch with other lengths, and alone without any padding: the same, and equal to log_softmax."""
-    model = random_model()
+    model = random_model() if architecture == "qwen3" else gpt2(tokenizer)
     rollout.prepare_policy(model)
     prompts = ["1+2=", "1,2,3:45=", "7="]
     samples = rollout.generate(model, tokenizer, prompts * 4, torch.full((12,), 1.5), max_completion_length=9)
@@ -74,7 +84,7 @@ def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer):
         torch.testing.assert_close(entropies[i, : lengths[i]].double(), token_entropy(logits), atol=1e-5, rtol=0)
         assert not logprobs[i, lengths[i] :].any()
         seen = []
-        handle = model.model.layers[0].register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        handle = model.get_input_embeddings().register_forward_hook(lambda *args, seen=seen: seen.append(args[2]))
         alone, _ = rollout.score(model, samples, torch.tensor([i]))
         handle.remove()
         assert seen[0].shape[:2] == ids.shape  # every column of padding is gone
@@ -160,7 +170,7 @@ def test_under_autocast_sampling_and_scoring_share_float32_logits(random_model, 
 
     class Spy(rollout.RowTemperature):
         def __call__(self, input_ids, scores):
-            seen.append(torch.log_softmax(scores, -1))
+            seen.append(scores)
             return super().__call__(input_ids, scores)
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -170,7 +180,8 @@ def test_under_autocast_sampling_and_scoring_share_float32_logits(random_model, 
     assert logprobs.dtype == torch.float32
     assert any((x.bfloat16().float() != x).any() for x in seen)  # not rounded
     tokens = samples.sequences[:, -len(seen) :]
-    sampled_from = torch.stack([x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(seen)], dim=1)
+    log_p = [torch.log_softmax(scores, -1) for scores in seen]
+    sampled_from = torch.stack([x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(log_p)], dim=1)
     gap = (sampled_from - logprobs).abs()[samples.completion_mask]
     assert gap.max() < 0.1  # bfloat16 inside the layers, once with a cache and once without
 

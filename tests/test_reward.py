@@ -28,6 +28,9 @@ def test_countdown_against_enumeration():
     assert right == 30
     assert countdown_reward(Problem("5,5,2:17=", "17"), "5+5+2+5") == 1
     assert countdown_reward(Problem("5,5,2:17=", "17"), "5+2+9+1") == 0  # one 5 for two
+    for expression, right in [("2+5+7", 0), ("2+5+7+1-1", 1), ("2+5+7+1-2+1", 0)]:  # 4 or 5 digits
+        assert eval(expression) == 14
+        assert countdown_reward(Problem("2,5,7:14=", "14"), expression) == right
 
 
 def test_countdown_examples_are_right_and_the_splits_are_disjoint():
@@ -95,6 +98,11 @@ def test_hostile_output_scores_zero_in_linear_time():
 )  # fmt: skip
 def test_final_answers(completion, answer, expected):
     assert answer_reward(Problem("?", answer), completion) == expected
+
+
+def test_numbers_are_bounded():
+    assert reward._number("1" * 40) == int("1" * 40)
+    assert reward._number("1" * 41) is None
 
 
 def test_final_answer_takes_the_mark_before_the_box_before_the_last_number():

@@ -284,6 +284,20 @@ def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
     assert 0 < max(moved) <= 2.1 * 2 * expected["learning_rate"]  # AdamW moves a weight by the learning rate at most
 
 
+def test_mini_batches_share_the_batch_without_changing_its_scale(arguments, tmp_path):
+    """At a learning rate of nearly 0 the mean loss over mini-batches is the loss of one batch, and gradients are as long."""
+    results = []
+    for count in ("1", "2", "4"):
+        folder = tmp_path / count
+        more = ["--num_mini_batches", count, "--learning_rate", "1e-12", "--scope_share", "2", "--entropy_coef", "0.1"]
+        results.append(after_one_step(arguments, folder, *more)[1])
+    assert results[0]["scope_positive_frac"] > 0
+    assert abs(results[0]["loss"]) > 0.1
+    for metrics in results[1:]:
+        assert metrics["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+        assert metrics["grad_norm"] >= 0.9 * results[0]["grad_norm"]  # a mean is no longer than its parts
+
+
 def test_nothing_to_learn_from_changes_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: 0.0)
     one, metrics = after_one_step(arguments, tmp_path / "a")

@@ -149,6 +149,14 @@ def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
+def test_seeds_sample_differently_from_the_same_prompts(arguments, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1+1=", "answer": 2}\n')
+    more = ["--task", "gsm8k", "--train_file", str(data), "--test_file", str(data)]
+    first, second = (after_one_step(arguments, tmp_path / seed, *more, "--seed", seed)[1] for seed in "01")
+    assert first["entropy"] != second["entropy"]
+
+
 def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
     """SIGKILL to a real process; from the checkpoint on the metrics equal those of a run that was left alone."""
     arguments += ["--max_steps", "40", "--save_steps", "7"]

@@ -92,6 +92,7 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
 
 
 def main() -> None:
+    """Load the policy, measure with every seed, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are train.py's.")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--batch", type=int, default=2048, help="samples for each step; half as many held-out contexts")

@@ -112,6 +112,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run what is missing of an experiment, then summarise and draw all that is known of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=8)

@@ -118,6 +118,7 @@ def non_theorems(z: Tensor, w: Tensor, T: Tensor) -> Iterator[tuple[str, Tensor,
 
 
 def main() -> int:
+    """Check everything, print the three tables; 1 if anything proved or exact is violated."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=3_000_000, help="random policies")
     parser.add_argument("--seed", type=int, default=0)

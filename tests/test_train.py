@@ -345,6 +345,17 @@ def test_temperature_and_share_of_each_algorithm(arguments):
     assert control(0.5, "--algorithm", "aepo") == (0.5, 4)
 
 
+def test_what_each_sample_weighs(arguments, tmp_path, monkeypatch):
+    seen, nothing = [], {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}
+    monkeypatch.setattr(train, "update", lambda run, samples, prompt, old, terms: seen.append(terms) or nothing)
+    bonus = ["--num_mini_batches", "1", "--entropy_coef", "0.3"]
+    after_one_step(arguments, tmp_path / "aepo", *bonus, "--algorithm", "aepo")
+    after_one_step(arguments, tmp_path / "scope", *bonus, "--scope_weight", "0.5")
+    for terms, auxiliary in zip(seen, ([1 / 32] * 8, [0.5 / 8] * 8), strict=True):  # aepo: like an ordinary sample
+        assert terms["weights"].tolist() == pytest.approx([1 / 32] * 32 + auxiliary)
+        assert terms["bonus_weights"].tolist() == pytest.approx([0.3 / 32] * 32 + [0.0] * 8)  # ordinary samples only
+
+
 def test_the_auxiliary_samples_are_drawn_at_t_in_the_same_call(arguments, tmp_path, monkeypatch):
     calls, generate = [], rollout.generate
     monkeypatch.setattr(rollout, "generate", lambda *a: calls.append(a[3]) or generate(*a))

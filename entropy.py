@@ -37,10 +37,14 @@ def log_policy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return torch.log_softmax(z / T, dim=-1)  # [..., V]
 
 
+def entropy_of(log_p: Tensor) -> Tensor:
+    """H = -sum_a p_a log p_a in nats, of log-probabilities `[..., V]` -> `[...]`, between 0 and log V."""
+    return -(log_p.exp() * log_p).sum(-1)
+
+
 def token_entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Entropy of softmax(z / T) in nats: `[..., V]` -> `[...]`, between 0 and log V."""
-    log_p = log_policy(logits, temperature)  # [..., V]
-    return -(log_p.exp() * log_p).sum(-1)  # H = -sum_a p_a log p_a
+    """Entropy of softmax(z / T) in nats: `[..., V]` -> `[...]`."""
+    return entropy_of(log_policy(logits, temperature))
 
 
 def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
@@ -72,7 +76,7 @@ def logprobs_and_entropies(
 
     def one_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         log_p = log_policy(head(hidden))  # [n, V]
-        return log_p.gather(-1, tokens[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)  # [n], [n]
+        return log_p.gather(-1, tokens[:, None])[:, 0], entropy_of(log_p)  # [n], [n]
 
     chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
     pairs = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]

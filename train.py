@@ -120,7 +120,7 @@ class Config:
 PRESETS = {
     # One GPU. The method's constants are the published ones.
     "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "bf16": True, "gradient_checkpointing": True},
-    # Any small LM on a CPU: a look at the real thing, about a minute a step, too short to learn much.
+    # Any small LM on a CPU: a look at the real thing, about half a minute a step, too short to learn much.
     "laptop": {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "generation_batch_size": 16, "num_generations": 4,
         "max_completion_length": 128, "max_steps": 20, "learning_rate": 5e-6, "num_eval_problems": 4,

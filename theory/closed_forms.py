@@ -13,7 +13,7 @@ above zero, and results are `[...]`. A token of weight 0 is never drawn; at leas
 import torch
 from torch import Tensor
 
-from entropy import log_policy, token_entropy
+from entropy import entropy_of, log_policy
 
 
 def expectation(q: Tensor, f: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def sampled(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
 def sensitivity(z: Tensor) -> tuple[Tensor, Tensor]:
     """g = p (x + H), minus the entropy's gradient in the logits, `[..., V]`; and gbar = E_p[g], `[...]` (section 1)."""
     x = log_policy(z)
-    g = x.exp() * (x + token_entropy(z)[..., None])
+    g = x.exp() * (x + entropy_of(x)[..., None])
     return g, expectation(x.exp(), g)
 
 

@@ -70,6 +70,7 @@ class Config:
     generation_batch_size: int = option(128, "ordinary completions a step, num_generations for each prompt")
     num_generations: int = option(8, "G, completions of a prompt")
     max_completion_length: int = option(512, "tokens; a completion not ended by then gets reward 0")
+    mask_truncated_completions: bool = option(False, "leave such completions out of the loss instead")
     num_mini_batches: int = option(2, "gradient steps on each step's samples")
     per_device_train_batch_size: int = option(8, "completions in a forward pass; does not change the gradient")
     per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
@@ -395,6 +396,8 @@ def train_step(run: Run) -> tuple[dict[str, float], list[str]]:
     run.entropy = masked_mean(entropies[:N], ordinary).item()  # H(pi_old), of all ordinary tokens
     alpha = num_auxiliary / N if config.algorithm == "aepo" else config.scope_weight
     advantages, weights = scope_rl.advantages_and_weights(rewards[:N].view(P, G), rewards[N:], alpha)
+    if config.mask_truncated_completions:
+        weights = weights * ~samples.truncated
     bonus_weights = torch.full_like(weights, config.entropy_coef / N)
     bonus_weights[N:] = 0.0
     M = config.num_mini_batches  # weights sum to 1 over the step, so to 1 / M over one of its M mini-batches

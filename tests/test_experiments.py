@@ -1,29 +1,146 @@
-"""theory/experiments.py: its grid is made of options that train.py takes, and its intervals are Student's."""
+"""theory/experiments.py and closed_loop.py: the grid, the variants, the statistics, and how a step is taken apart."""
 
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
+import closed_loop
 import experiments
+import reward
 import train
 
 
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
 def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
-    configs = {}
-    for label, options in experiments.EXPERIMENTS[experiment].items():
-        config = train.parse_config(["--preset", "tiny", "--output_dir", "x", *options.split()])
-        configs[label] = str(config)
-    assert len(set(configs.values())) == len(configs)
+    configs = set()
+    for options in experiments.EXPERIMENTS[experiment].values():
+        variant, arguments = "", options.split()
+        if arguments[0].startswith("@"):
+            variant = arguments.pop(0)[1:]
+            assert variant in experiments.VARIANTS
+        configs.add((variant, str(train.parse_config(["--preset", "tiny", "--output_dir", "x", *arguments]))))
+    assert len(configs) == len(experiments.EXPERIMENTS[experiment])
 
 
-def test_intervals_and_what_is_known(tmp_path, monkeypatch):
-    mean, half = experiments.interval([1.0, 2.0, 3.0])
-    assert (mean, half) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
+def test_variants_against_their_definitions_sample_by_sample():
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    auxiliary, alpha, N = torch.tensor([1.0, 0, 1, 1, 0]), 0.5, 12
+    usual_A, usual_w = (x.tolist() for x in experiments.ORIGINAL(rewards, auxiliary, alpha))
+    for name, variant in experiments.VARIANTS.items():
+        A, w = (x.tolist() for x in variant(rewards.clone(), auxiliary.clone(), alpha))
+        for i in range(N):
+            counts = 8 if name == "equal_groups_dropped" else N  # the second group is all right
+            dropped = name == "equal_groups_dropped" and i // 4 == 1
+            assert A[i] == usual_A[i]
+            assert w[i] == pytest.approx(0.0 if dropped else 1 / counts)
+        for j, right in enumerate(auxiliary.tolist()):
+            group = rewards[j % 3].tolist()
+            spread = math.sqrt(sum((r - sum(group) / 4) ** 2 for r in group) / 4) + 1e-4
+            expected = {"both_signs": 1.0 if right else -1.0, "group_normalised": right * (1 - sum(group) / 4) / spread}
+            assert A[N + j] == pytest.approx(expected.get(name, right), rel=1e-5)
+            assert w[N + j] == pytest.approx(alpha / 3 if name == "mean_over_positives" else usual_w[N + j])
+    nothing = experiments.VARIANTS["mean_over_positives"](rewards, torch.zeros(5), alpha)
+    assert all(torch.isfinite(x).all() for x in nothing)
+
+
+def test_intervals_and_paired_differences(tmp_path, monkeypatch):
+    assert experiments.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
     assert math.isnan(experiments.interval([1.0])[1])
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
-    assert experiments.read_results("control") == []
-    rows = [{"experiment": "control", "label": "a"}, {"experiment": "alpha", "label": "b"}]
+    assert experiments.cells("control") == {}
+    monkeypatch.setitem(experiments.EXPERIMENTS, "two", {"A": "a", "B": "b", "none yet": "c"})
+    values = {"a": {0: 0.1, 1: 0.5, 2: 0.9}, "b": {0: 0.2, 1: 0.6, 3: 0.0}}  # seeds differ a lot, B - A hardly
+    rows = [
+        {"options": o, "seed": s, "pass@1": v, "entropy": 0.3, "target": 0.4, "oscillation": 0.0, "entropies": [v, v]}
+        for o, cell in values.items()
+        for s, v in cell.items()
+    ]
     experiments.RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert experiments.read_results("control") == rows[:1]
+    text = experiments.tables("two")
+    assert "| A | 3 | 0.500 ± 0.993 |" in text
+    assert "| B | 2 | +0.100 ± 0.000 |" in text  # the two seeds they share
+    assert "none yet" not in text
+    assert "| A | 3 | 0.300 ± 0.000 | 0.100 ± 0.000 | 0.000 ± 0.000 |" in text  # entropy, error, oscillation
+
+
+@pytest.mark.parametrize("slope", [0.5, 2.0])
+def test_the_predicted_rest_solves_the_linear_case(slope):
+    """T* = 1 + slope (H - 0.1) meets T = 1 + H0 - H at H = (H0 + 0.1 slope) / (1 + slope)."""
+    points = [(H, 1 + slope * (H - 0.1)) for H in (0.6, 0.1, 0.35)]
+    for H0 in (0.3, 0.5):
+        predicted = experiments.predicted_rest(points, H0)
+        assert predicted == pytest.approx((H0 + 0.1 * slope) / (1 + slope), abs=2e-4)
+
+
+def test_the_questions_of_transfer_are_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ARITHMETIC", tmp_path / "folder" / "arithmetic.jsonl")
+    experiments.write_arithmetic()
+    problems = reward.load_problems(experiments.ARITHMETIC)
+    assert len(set(problems)) == len(problems) > 500
+    for question, answer in problems:
+        a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
+        assert int(answer) == int(a) + int(b) * (-1 if sign == "-" else 1)
+
+
+# --- closed_loop.py
+
+
+@pytest.fixture
+def small_run(model_folder, tmp_path, monkeypatch):
+    """A function that sets up a run of one gradient step a step, at a learning rate."""
+    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2))
+    monkeypatch.setattr(closed_loop, "SAMPLES", 96)
+    options = "--preset tiny --generation_batch_size 32 --num_generations 4 --num_mini_batches 1 --warmup_steps 0"
+
+    def make(learning_rate: float) -> train.Run:
+        torch.manual_seed(0)
+        folder = tmp_path / f"run {learning_rate}"
+        own = ["--model", str(model_folder), "--output_dir", str(folder), "--learning_rate", str(learning_rate)]
+        run = train.set_up(train.parse_config([*options.split(), *own]))
+        # <pad>'s embedding starts as 0, where RMSNorm has a kink, and a random model does sample <pad>
+        torch.nn.init.normal_(run.model.get_input_embeddings().weight.data[run.tokenizer.pad_token_id], std=0.3)
+        return run
+
+    return make
+
+
+def test_the_parts_of_a_step_scale_as_their_orders(small_run):
+    """AdamW's first step is proportional to the learning rate: `first` must double with it, `curvature` quadruple."""
+    small, large = (closed_loop.one_step(small_run(rate)) for rate in (1e-4, 2e-4))
+    assert small["H"] == large["H"]
+    assert large["first"] / small["first"] == pytest.approx(2, rel=1e-2)
+    assert large["curvature"] / small["curvature"] == pytest.approx(4, rel=0.1)
+    for parts in (small, large):
+        assert parts["fixed"] == pytest.approx(parts["first"] + parts["curvature"], rel=0.05)
+
+
+def test_taking_a_step_apart_leaves_the_step_alone(small_run, tmp_path):
+    run, other = small_run(1e-3), small_run(2e-3)
+    other.optimizer.param_groups[0]["lr"] = other.config.learning_rate = 1e-3
+    closed_loop.one_step(run)
+    train.train_step(other)
+    for mine, plain in zip(run.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
+    run = small_run(1e-3)
+    samples, _ = train.sample(run, run.task.train[:20], torch.ones(20))
+    old, (H, same) = closed_loop.entropies(run, samples, None)
+    assert H == same
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    new, (fixed, visited) = closed_loop.entropies(run, samples, old)
+    logprobs, token_entropies = train.score_all(run, samples)
+    above, below = 0.0, 0.0
+    for i, mask in enumerate(samples.completion_mask):
+        ratio = math.exp(sum(logprobs[i, mask].tolist()) - old[i].item())
+        above += ratio * sum(token_entropies[i, mask].tolist())
+        below += ratio * mask.sum().item()
+    assert visited == pytest.approx(above / below, rel=1e-5)
+    assert visited != pytest.approx(fixed, rel=1e-3)
+    assert torch.isfinite(new).all()

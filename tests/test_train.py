@@ -323,6 +323,17 @@ def test_truncated_completions_earn_nothing(arguments, tmp_path, monkeypatch):
     assert metrics["reward"] == pytest.approx(1 - metrics["truncated_frac"])
 
 
+def test_masked_truncated_completions_weigh_nothing(arguments, tmp_path, monkeypatch):
+    seen, update = {}, train.update
+    monkeypatch.setattr(
+        train, "update", lambda run, samples, *rest: seen.update(s=samples, t=rest[-1]) or update(run, samples, *rest)
+    )
+    after_one_step(arguments, tmp_path / "a", "--mask_truncated_completions", "true", "--max_completion_length", "4")
+    truncated = seen["s"].truncated
+    assert 0 < truncated.float().mean() < 1
+    assert torch.equal(seen["t"]["weights"] == 0, truncated)
+
+
 def test_one_update_a_step_is_on_policy_and_never_clipped(arguments, tmp_path):
     for epsilon in ("0.2", "0"):
         folder = tmp_path / epsilon

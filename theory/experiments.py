@@ -1,9 +1,9 @@
 """Controlled comparisons on the `tiny` preset:  `python theory/experiments.py NAME [--seeds 8] [--jobs 2]`.
 
 Runs `train.py`'s own `set_up` and `train` over a grid of options, one run a core; seed s uses the warm start s mod 2.
-What is in theory/results.jsonl is not run again, and an interrupted run goes on from its checkpoint, so the command can
-be stopped at any time. It ends with a table and a figure: means and 95% intervals over the seeds (`--seeds 0`: just
-these).
+What is in theory/results.jsonl is not run again (experiments share runs: a row is known by its options and seed), and
+an interrupted run goes on from its checkpoint, so the command can be stopped at any time. It ends with tables in
+Markdown and a figure, of means and 95% intervals over the seeds; `--seeds 0` does only that.
 """
 
 import argparse
@@ -11,97 +11,195 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
+import random
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
+import scope_rl
 import train
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-PUBLISHED = "--scope_gain 1 --scope_integral_gain 0 --scope_temperature_min 0.8 --scope_temperature_max 1.2"
+ARITHMETIC = Path("outputs") / "experiments" / "arithmetic.jsonl"
+GRPO, PUBLISHED_T = "--algorithm grpo", "--scope_temperature_min 0.8 --scope_temperature_max 1.2"
+PUBLISHED = f"--scope_gain 1 --scope_integral_gain 0 {PUBLISHED_T}"
+
+
+def share_and_weight(share: float, weight: float) -> str:
+    return f"--scope_share {share} --scope_weight {weight}"
+
+
+def target(H0: float) -> str:
+    return f"--scope_target_entropy {H0}"
+
+
+def constant(T: float) -> str:
+    return f"--scope_temperature_min {T} --scope_temperature_max {T}"
+
+
+SMOL = (
+    "--preset laptop --model HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k "
+    f"--train_file {ARITHMETIC} --num_train_problems 64 --num_eval_problems 64 --num_eval_generations 16 "
+    "--generation_batch_size 64 --num_generations 8 --max_completion_length 32 --learning_rate 1e-5 --max_steps 60 "
+    "--per_device_train_batch_size 32 --per_device_eval_batch_size 256"
+)
+# An experiment is a table of label -> options. "@NAME" first puts a function of VARIANTS in scope_rl's place.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "control": {
-        "GRPO": "--algorithm grpo",
-        **{f"entropy bonus {c}": f"--algorithm grpo --entropy_coef {c}" for c in (0.01, 0.03, 0.1)},
-        "clip-higher 0.28": "--algorithm grpo --epsilon_high 0.28",
-        "AEPO": "--algorithm aepo --scope_share 0.117 --scope_temperature_min 0.8 --scope_temperature_max 1.2",
-        **{f"constant T = {T}": f"--scope_temperature_min {T} --scope_temperature_max {T}" for T in (1.0, 1.3)},
-        "SCOPE, all published": f"{PUBLISHED} --scope_share 0.015625 --scope_weight 0.015625",
-        **{f"SCOPE, published rule, H0 {H}": f"{PUBLISHED} --scope_target_entropy {H}" for H in (0.3, 0.4, 0.5)},
-        **{f"SCOPE, with integral, H0 {H}": f"--scope_target_entropy {H}" for H in (0.3, 0.4, 0.5)},
+        "GRPO": GRPO,
+        **{f"entropy bonus {c}": f"{GRPO} --entropy_coef {c}" for c in (0.01, 0.03, 0.1)},
+        "clip-higher 0.28": f"{GRPO} --epsilon_high 0.28",
+        "AEPO": f"--algorithm aepo --scope_share 0.117 {PUBLISHED_T}",
+        **{f"constant T = {T}": constant(T) for T in (1.0, 1.3)},
+        "SCOPE, all published": f"{PUBLISHED} {share_and_weight(0.015625, 0.015625)}",
+        **{f"SCOPE, published rule, H0 {H}": f"{PUBLISHED} {target(H)}" for H in (0.3, 0.4, 0.5)},
+        **{f"SCOPE, with integral, H0 {H}": target(H) for H in (0.3, 0.4, 0.5)},
     },
+    "alpha": {
+        "0 (GRPO)": GRPO,
+        **{f"share and weight 1/{round(1 / a)}": share_and_weight(a, a) for a in (1 / 64, 1 / 16, 1 / 4, 1)},
+        **{f"share 1/{round(1 / a)}, weight 1": share_and_weight(a, 1) for a in (1 / 64, 1 / 16)},
+        "share 1/4, weight 1": target(0.4),
+        **{f"share 1/4, weight 1/{round(1 / a)}": share_and_weight(0.25, a) for a in (1 / 64, 1 / 16)},
+    },
+    "target": {"GRPO": GRPO, **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}},
+    "ingredients": {
+        "as it is, H0 0.4": target(0.4),
+        "both signs": f"@both_signs {target(0.4)}",
+        "mean over positives": f"@mean_over_positives {target(0.4)}",
+        "group-normalised": f"@group_normalised {target(0.4)}",
+        "equal groups dropped": f"@equal_groups_dropped {target(0.4)}",
+        "truncated dropped": f"--mask_truncated_completions {target(0.4)}",
+        "as it is, H0 0.5": target(0.5),
+        "T in [0.8, 1.2], H0 0.5": f"{PUBLISHED_T} {target(0.5)}",
+        "T in [0.5, 2], H0 0.5": f"--scope_temperature_max 2 {target(0.5)}",
+        "T not clipped, H0 0.5": f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}",
+        "mean over positives, T in [0.5, 2], H0 0.5": f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}",
+    },
+    "stepsize": {
+        "GRPO": GRPO,
+        "GRPO, lr / 3, steps x 3": f"{GRPO} --learning_rate 1e-4 --max_steps 1050",
+        "H0 0.4": target(0.4),
+        "H0 0.4, lr / 3, steps x 3": f"{target(0.4)} --learning_rate 1e-4 --max_steps 1050",
+    },
+    "transfer": {"GRPO": f"{SMOL} {GRPO}", "SCOPE": f"{SMOL}"},
 }
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # Student's t by degrees of freedom
+TABLES = [
+    ("reward", "entropy", "rms_error", "oscillation", "scope_temperature"),
+    ("pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct"),
+]
+DIFFERENCES = ("reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
 
 
-def one_run(job: tuple[str, str, str, int]) -> dict:
+# --- variants of scope_rl.advantages_and_weights: what if the auxiliary term were made differently?
+
+
+def both_signs(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: float):
+    """Wrong auxiliary samples count as well, with advantage -1."""
+    advantages, weights = ORIGINAL(rewards, auxiliary, alpha)
+    advantages[rewards.numel() :] = 2 * auxiliary - 1
+    return advantages, weights
+
+
+def mean_over_positives(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: float):
+    """The term is divided by the number of positives, not of all auxiliary samples."""
+    advantages, weights = ORIGINAL(rewards, auxiliary, alpha)
+    weights[rewards.numel() :] = alpha / auxiliary.sum().clamp(min=1)
+    return advantages, weights
+
+
+def group_normalised(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: float):
+    """Positives get the advantage they would have in their prompt's ordinary group, not 1."""
+    advantages, weights = ORIGINAL(rewards, auxiliary, alpha)
+    groups = rewards[torch.arange(len(auxiliary)) % len(rewards)]  # auxiliary samples go round the prompts  [N', G]
+    deviation = groups.std(1, unbiased=False) + scope_rl.ADVANTAGE_EPSILON
+    advantages[rewards.numel() :] = auxiliary * (1 - groups.mean(1)) / deviation
+    return advantages, weights
+
+
+def equal_groups_dropped(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: float):
+    """Groups whose rewards are all equal do not count in GRPO's mean either (DAPO filters them out)."""
+    advantages, weights = ORIGINAL(rewards, auxiliary, alpha)
+    kept = (rewards.std(1, unbiased=False) > 0).repeat_interleave(rewards.shape[1])
+    weights[: rewards.numel()] = kept / kept.sum().clamp(min=1)
+    return advantages, weights
+
+
+ORIGINAL = scope_rl.advantages_and_weights
+VARIANTS: dict[str, Callable] = {
+    f.__name__: f for f in (ORIGINAL, both_signs, mean_over_positives, group_normalised, equal_groups_dropped)
+}
+
+
+# --- running
+
+
+def write_arithmetic() -> None:
+    """The questions of `transfer`, a JSONL file as train.py reads it: 80 sums and differences, the same every time."""
+    rng, lines = random.Random(0), []
+    while len(lines) < 640:
+        a, b, sign = rng.randint(2, 40), rng.randint(2, 40), rng.choice("+-")
+        record = {"question": f"What is {a} {sign} {b}?", "answer": str(a + b if sign == "+" else a - b)}
+        if json.dumps(record) not in lines:
+            lines.append(json.dumps(record))
+    ARITHMETIC.parent.mkdir(parents=True, exist_ok=True)
+    train.write_whole(ARITHMETIC, lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+def one_run(job: tuple[str, int]) -> dict:
     """Train one cell of the grid, quietly, and return its row of results."""
-    experiment, label, options, seed = job
+    options, seed = job
     torch.set_num_threads(1)
-    folder = Path("outputs") / "experiments" / experiment / f"{label.replace(' ', '_')}-{seed}"
-    model = train.warm_started_model(seed % 2)
-    arguments = f"--preset tiny --model {model} --seed {seed} --logging_steps 0 --output_dir {folder} {options}".split()
+    folder = ARITHMETIC.parent / f"{zlib.crc32(options.encode()):08x}-{seed}"
+    variant, arguments = ORIGINAL.__name__, options.split()
+    if arguments[0].startswith("@"):
+        variant = arguments.pop(0)[1:]
+    common = f"--preset tiny --model {train.warm_started_model(seed % 2)} --seed {seed} --logging_steps 0"
+    arguments = [*common.split(), *arguments, "--output_dir", str(folder)]
     if (folder / "config.json").exists():
         arguments.append("--resume")
-    with open("/dev/null", "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stderr(nowhere))
+        stack.enter_context(mock.patch.object(scope_rl, ORIGINAL.__name__, VARIANTS[variant]))
         run = train.set_up(train.parse_config(arguments))
         train.train(run)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = steps[-len(steps) // 5 :]
-    entropy = np.array([step["entropy"] for step in last])
-    row = {"experiment": experiment, "label": label, "seed": seed, "target": run.config.scope_target_entropy}
+    row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy}
     row |= {name: float(np.mean([step[name] for step in last])) for name in ("reward", "entropy", "scope_temperature")}
-    row |= {"oscillation": float(entropy.std()), **json.loads((folder / "eval.json").read_text())["after"]}
-    row["entropies"] = [
-        round(float(np.mean([s["entropy"] for s in steps[i : i + 10]])), 4) for i in range(0, len(steps), 10)
-    ]
+    row |= {"oscillation": float(np.std([step["entropy"] for step in last]))}
+    row |= json.loads((folder / "eval.json").read_text())["after"]
+    tenths = np.array_split([step["entropy"] for step in steps], 35)
+    row["entropies"] = [round(float(part.mean()), 4) for part in tenths]
     shutil.rmtree(folder)
     return row
 
 
-def read_results(experiment: str) -> list[dict]:
-    """The rows of an experiment that are already known."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [row for row in map(json.loads, lines) if row["experiment"] == experiment]
+# --- reporting
 
 
-def summarise(rows: list[dict]) -> None:
-    """Print mean and half of the 95% interval over the seeds of each label."""
-    columns = (
-        "reward",
-        "entropy",
-        "error",
-        "oscillation",
-        "scope_temperature",
-        "pass@1",
-        "pass@64",
-        "distinct_correct",
-    )
-    print(f"{'':<32}" + "".join(f"{name:>18}" for name in ("seeds", *columns)))
-    for label in dict.fromkeys(row["label"] for row in rows):
-        cell = [row | {"error": abs(row["entropy"] - row["target"])} for row in rows if row["label"] == label]
-        intervals = [interval([row[name] for row in cell]) for name in columns]
-        print(f"{label:<32}{len(cell):>18}" + "".join(f"{mean:>9.3f} ± {half:<6.3f}" for mean, half in intervals))
+def read_results() -> list[dict]:
+    """All rows that are known."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def draw(experiment: str, rows: list[dict]) -> None:
-    """theory/EXPERIMENT.png: entropy over the steps, and Pass@1 against distinct right answers, with 95% intervals."""
-    import matplotlib.pyplot as plt  # the extra `plot`
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for i, label in enumerate(dict.fromkeys(row["label"] for row in rows)):
-        cell = [row for row in rows if row["label"] == label]
-        style = {"color": plt.cm.tab20(i % 20), "linestyle": "--" if label.startswith("SCOPE") else "-"}
-        curves = np.array([row["entropies"] for row in cell])  # [seeds, steps / 10]
-        axes[0].plot(10 * np.arange(curves.shape[1]) + 5, curves.mean(0), label=label, **style)
-        (x, dx), (y, dy) = (interval([row[name] for row in cell]) for name in ("distinct_correct", "pass@1"))
-        axes[1].errorbar(x, y, dy, dx, fmt="o", color=style["color"], lw=1)
-    axes[0].set(xlabel="step", ylabel="entropy, nats a token")
-    axes[1].set(xlabel="distinct right answers of 64 samples", ylabel="Pass@1")
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(RESULTS.with_name(f"{experiment}.png"), dpi=100)
+def cells(experiment: str) -> dict[str, dict[int, dict]]:
+    """Label -> seed -> row, of an experiment's labels that have a row."""
+    rows = [row | {"rms_error": math.hypot(row["entropy"] - row["target"], row["oscillation"])} for row in read_results()]
+    table = {
+        label: {row["seed"]: row for row in rows if row["options"] == options}
+        for label, options in EXPERIMENTS[experiment].items()
+    }
+    return {label: cell for label, cell in table.items() if cell}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -111,31 +209,102 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def tables(experiment: str) -> str:
+    """Means and 95% intervals over the seeds; then differences from the first label, paired by seed."""
+    table, parts = cells(experiment), []
+    reference, base = next(iter(table.items()))
+    there = set.intersection(*(set(row) for cell in table.values() for row in cell.values()))
+    for columns in TABLES:
+        names = [name for name in columns if name in there]
+        rows = []
+        for label, cell in table.items():
+            means = [interval([row[name] for row in cell.values()]) for name in names]
+            rows.append([label, len(cell), *("{0:.3f} ± {1:.3f}".format(*pair) for pair in means)])
+        parts.append(markdown([experiment, "seeds", *names], rows))
+    names, rows = [name for name in DIFFERENCES if name in there], []
+    for label, cell in table.items():
+        seeds = sorted(cell.keys() & base.keys())
+        means = [interval([cell[seed][name] - base[seed][name] for seed in seeds]) for name in names]
+        rows.append([label, len(seeds), *("{0:+.3f} ± {1:.3f}".format(*pair) for pair in means)])
+    parts.append(markdown([f"minus {reference}, paired", "seeds", *names], rows[1:]))
+    return "\n".join(parts)
+
+
+def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
+    """Where the published rule should rest: where T = 1 + H0 - H meets the balance temperature T*(H).
+
+    Args:
+        points: (H, T*) at which *other* runs rest (constant T, integral), to be joined by lines; nats, temperature.
+    """
+    H = np.linspace(0, 1, 10_001)
+    entropies, temperatures = zip(*sorted(points), strict=True)
+    balance = np.interp(H, entropies, temperatures)
+    return float(H[np.abs(1 + H0 - H - balance).argmin()])
+
+
+def offset_table() -> str:
+    """Each seed's rest under the published rule, predicted from that seed's runs under other rules, and measured."""
+    table, rows = cells("control"), []
+    others = ["constant T = 1.0", "constant T = 1.3", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5))]
+    for H0 in (0.3, 0.4, 0.5):
+        measured = {s: row["entropy"] for s, row in table[f"SCOPE, published rule, H0 {H0}"].items()}
+        seeds = sorted(measured.keys() & set.intersection(*(set(table[label]) for label in others)))
+        points = {s: [(table[o][s]["entropy"], table[o][s]["scope_temperature"]) for o in others] for s in seeds}
+        predicted = {s: predicted_rest(points[s], H0) for s in seeds}
+        values = [[predicted[s] for s in seeds], [measured[s] for s in seeds], [measured[s] - predicted[s] for s in seeds]]
+        rows.append([H0, len(seeds), *("{0:.3f} ± {1:.3f}".format(*interval(v)) for v in values)])
+    return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
+
+
+def draw(experiment: str) -> None:
+    """theory/EXPERIMENT.png: entropy over the run; Pass@1 and distinct right answers against entropy; 95% intervals."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    for i, (label, cell) in enumerate(cells(experiment).items()):
+        color, rows = plt.cm.tab20(i % 20), list(cell.values())
+        curves = [interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))]
+        mean, half = np.nan_to_num(np.array(curves)).T
+        share = (np.arange(len(mean)) + 0.5) / len(mean)
+        axes[0].plot(share, mean, label=label, color=color)
+        axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+        for axis, name in zip(axes[1:], ("pass@1", "distinct_correct"), strict=True):
+            (x, dx), (y, dy) = (interval([row[n] for row in rows]) for n in ("entropy", name))
+            axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
+    axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
+    for axis, name in zip(axes[1:], ("Pass@1", "distinct right answers of a problem's samples"), strict=True):
+        axis.set(xlabel="entropy, last fifth of the run", ylabel=name)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(RESULTS.with_name(f"{experiment}.png"), dpi=100)
+
+
 def main() -> None:
-    """Run what is missing of an experiment, then summarise and draw all that is known of it."""
+    """Run what is missing of an experiment, then print the tables and draw the figure of all that is known of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    known = {(row["label"], row["seed"]) for row in read_results(args.name)}
-    grid = [
-        (args.name, label, options, seed)
-        for seed in range(args.seeds)
-        for label, options in EXPERIMENTS[args.name].items()
-    ]
-    jobs = [job for job in grid if (job[1], job[3]) not in known]
+    known = {(row["options"], row["seed"]) for row in read_results()}
+    grid = [(options, seed) for seed in range(args.seeds) for options in EXPERIMENTS[args.name].values()]
+    jobs = [job for job in grid if job not in known]
     for seed in (0, 1)[: args.seeds]:
         train.warm_started_model(seed)
+    write_arithmetic()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for done, row in enumerate(pool.imap_unordered(one_run, jobs), start=1):
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(
-                f"{done} of {len(jobs)}: {row['label']}, seed {row['seed']}, entropy {row['entropy']:.3f}", flush=True
-            )
-    summarise(read_results(args.name))
-    draw(args.name, read_results(args.name))
+            print(f"{done} of {len(jobs)}: {row['options']}, seed {row['seed']}, entropy {row['entropy']:.3f}", flush=True)
+    print(tables(args.name))
+    if args.name == "control":
+        print(offset_table())
+    draw(args.name)
 
 
 if __name__ == "__main__":

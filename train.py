@@ -56,6 +56,7 @@ class Config:
     task: Literal["countdown", "gsm8k"] = option("gsm8k", "gsm8k: questions and answers, its own or your files'")
     train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
     test_file: str | None = option(None, "the same, to evaluate on; default: the last tenth of train_file")
+    instruction: str | None = option(None, "what the model is told after each question; default: the task's")
     num_train_problems: int | None = option(None, "use so many; default: all of a file, 128 of countdown")
     num_eval_problems: int = option(128, "problems evaluated before and after training, 0 for none")
     num_eval_generations: int = option(8, "samples of each: Pass@k is known up to this k")
@@ -267,7 +268,7 @@ def set_up(config: Config) -> Run:
         task = task._replace(train=task.train[: config.num_train_problems], test=task.test[: config.num_eval_problems])
     model, tokenizer = load_policy(config)
     questions = [problem.question for problem in task.train + task.test]
-    prompts = rollout.format_prompts(tokenizer, questions, task.instruction)
+    prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
     check(min(lengths) > 0, f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf

@@ -2,8 +2,8 @@
 
 import json
 import math
+import shlex
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ import train
 def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
     configs = set()
     for options in experiments.EXPERIMENTS[experiment].values():
-        variant, arguments = "", options.split()
+        variant, arguments = "", shlex.split(options)
         if arguments[0].startswith("@"):
             variant = arguments.pop(0)[1:]
             assert variant in experiments.VARIANTS
@@ -130,7 +130,7 @@ def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
     run = small_run(1e-3)
     samples, _ = train.sample(run, run.task.train[:20], torch.ones(20))
     old, (H, same) = closed_loop.entropies(run, samples, None)
-    assert H == same
+    assert same == H
     with torch.no_grad():
         for p in run.model.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -121,7 +121,7 @@ def test_the_theorem_and_its_consequences_on_random_policies():
         for name, margin, applies in verify.theorems(z, w, T):
             assert (margin[applies] > 0).all(), name
             seen[name] = seen.get(name, 0) + int(applies.sum())
-    assert len(seen) == 6
+    assert len(seen) == 7
     assert min(seen.values()) > 20, seen
 
 

@@ -149,6 +149,15 @@ def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
+def test_the_instruction_is_the_tasks_or_ones_own(arguments, tmp_path, monkeypatch):
+    asked, format_prompts = [], rollout.format_prompts
+    monkeypatch.setattr(rollout, "format_prompts", lambda *given: asked.append(given[2]) or format_prompts(*given))
+    for more in ([], ["--instruction", "Be brief."]):
+        train.set_up(train.parse_config([*arguments, *more]))
+        (tmp_path / "run" / "config.json").unlink()
+    assert asked == [reward.COUNTDOWN_INSTRUCTION, "Be brief."]
+
+
 def test_seeds_sample_differently_from_the_same_prompts(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1+1=", "answer": 2}\n')

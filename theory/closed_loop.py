@@ -1,13 +1,14 @@
-"""What moves the entropy during real training?  `python theory/closed_loop.py OUTPUT_DIR [--steps 60] [train.py's options]`
+"""What moves the entropy in real training?  `python theory/closed_loop.py OUTPUT_DIR [--steps 60] [train.py's options]`
 
 Goes on with a run of train.py from its checkpoint (in a copy: the folder stays as it is), and takes apart what each
 step does to the mean token entropy H. With theta the weights, Delta the step's real change of them (all its gradient
 steps, AdamW, momentum), and H(theta) on contexts that the policy visits before the step,
 
     first       <dH/dtheta, Delta>                                    what a vanishingly small step would do
-    curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)  second order (and fourth, ...): half Delta' H'' Delta
-    fixed       H(theta + Delta) - H(theta)                           both, and the odd rest
-    visiting    the contexts change as well: H of the new policy on contexts it visits itself, minus `fixed`
+    curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)  second order (and fourth, ...): 1/2 Delta' H'' Delta
+    noise       the same along Delta with random signs                a step as long in every weight, without direction
+    fixed       H(theta + Delta) - H(theta)                           first, curvature, and the odd rest
+    visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed
 
 `visiting` weighs the old samples with pi_new(o) / pi_old(o), so all columns are paired and their noise is small.
 """
@@ -56,12 +57,19 @@ def one_step(run: train.Run) -> dict[str, float]:
     theta = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
     metrics, _ = train.train_step(run)
     new_theta = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
-    after = entropies(run, samples, old)[1] - H
-    torch.nn.utils.vector_to_parameters(2 * theta - new_theta, parameters)
-    mirrored = entropies(run, samples, old)[1] - H
-    torch.nn.utils.vector_to_parameters(new_theta, parameters)
-    first = (gradient.double() @ (new_theta - theta).double()).item()
-    parts = {"first": first, "curvature": (after[0] + mirrored[0]) / 2, "fixed": after[0], "visiting": after[1] - after[0]}
+    change = new_theta - theta  # Delta
+    flipped = change * (2 * torch.randint(2, change.shape, device=change.device) - 1)
+    ends = {}
+    for name, point in {"-": theta - change, "n+": theta + flipped, "n-": theta - flipped, "+": new_theta}.items():
+        torch.nn.utils.vector_to_parameters(point, parameters)  # the last one puts the new weights back
+        ends[name] = entropies(run, samples, old)[1] - H
+    parts = {
+        "first": (gradient.double() @ change.double()).item(),
+        "curvature": (ends["+"][0] + ends["-"][0]) / 2,
+        "noise": (ends["n+"][0] + ends["n-"][0]) / 2,
+        "fixed": ends["+"][0],
+        "visiting": ends["+"][1] - ends["+"][0],
+    }
     return {"H": H, "T": metrics["scope_temperature"], **parts}
 
 

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable
@@ -43,11 +44,12 @@ def constant(T: float) -> str:
     return f"--scope_temperature_min {T} --scope_temperature_max {T}"
 
 
-SMOL = (
-    "--preset laptop --model HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k "
-    f"--train_file {ARITHMETIC} --num_train_problems 64 --num_eval_problems 64 --num_eval_generations 16 "
-    "--generation_batch_size 64 --num_generations 8 --max_completion_length 32 --learning_rate 1e-5 --max_steps 60 "
-    "--per_device_train_batch_size 32 --per_device_eval_batch_size 256"
+SMOLLM2 = (
+    f"--preset laptop --model HuggingFaceTB/SmolLM2-135M-Instruct --train_file {ARITHMETIC} "
+    "--instruction 'Reply with the equation only.' --max_completion_length 16 --num_train_problems 64 "
+    "--num_eval_problems 32 --num_eval_generations 16 --generation_batch_size 32 --learning_rate 2e-5 --max_steps 60 "
+    "--per_device_train_batch_size 16 --per_device_eval_batch_size 128 --scope_share 0.25 --scope_weight 1 "
+    "--scope_gain 2 --scope_integral_gain 0.05 --scope_temperature_min 0.5 --scope_temperature_max 1.5"
 )
 # An experiment is a table of label -> options. "@NAME" first puts a function of VARIANTS in scope_rl's place.
 EXPERIMENTS: dict[str, dict[str, str]] = {
@@ -88,7 +90,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "H0 0.4": target(0.4),
         "H0 0.4, lr / 3, steps x 3": f"{target(0.4)} --learning_rate 1e-4 --max_steps 1050",
     },
-    "transfer": {"GRPO": f"{SMOL} {GRPO}", "SCOPE": f"{SMOL}"},
+    "transfer": {"GRPO": f"{SMOLLM2} {GRPO}", "SCOPE, H0 0.5": f"{SMOLLM2} {target(0.5)}"},
 }
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # Student's t by degrees of freedom
 TABLES = [
@@ -158,7 +160,7 @@ def one_run(job: tuple[str, int]) -> dict:
     options, seed = job
     torch.set_num_threads(1)
     folder = ARITHMETIC.parent / f"{zlib.crc32(options.encode()):08x}-{seed}"
-    variant, arguments = ORIGINAL.__name__, options.split()
+    variant, arguments = ORIGINAL.__name__, shlex.split(options)
     if arguments[0].startswith("@"):
         variant = arguments.pop(0)[1:]
     common = f"--preset tiny --model {train.warm_started_model(seed % 2)} --seed {seed} --logging_steps 0"
@@ -194,7 +196,9 @@ def read_results() -> list[dict]:
 
 def cells(experiment: str) -> dict[str, dict[int, dict]]:
     """Label -> seed -> row, of an experiment's labels that have a row."""
-    rows = [row | {"rms_error": math.hypot(row["entropy"] - row["target"], row["oscillation"])} for row in read_results()]
+    rows = read_results()
+    for row in rows:
+        row["rms_error"] = math.hypot(row["entropy"] - row["target"], row["oscillation"])  # of H about H0
     table = {
         label: {row["seed"]: row for row in rows if row["options"] == options}
         for label, options in EXPERIMENTS[experiment].items()
@@ -224,13 +228,13 @@ def tables(experiment: str) -> str:
         rows = []
         for label, cell in table.items():
             means = [interval([row[name] for row in cell.values()]) for name in names]
-            rows.append([label, len(cell), *("{0:.3f} ± {1:.3f}".format(*pair) for pair in means)])
+            rows.append([label, len(cell), *("{:.3f} ± {:.3f}".format(*pair) for pair in means)])
         parts.append(markdown([experiment, "seeds", *names], rows))
     names, rows = [name for name in DIFFERENCES if name in there], []
     for label, cell in table.items():
         seeds = sorted(cell.keys() & base.keys())
         means = [interval([cell[seed][name] - base[seed][name] for seed in seeds]) for name in names]
-        rows.append([label, len(seeds), *("{0:+.3f} ± {1:.3f}".format(*pair) for pair in means)])
+        rows.append([label, len(seeds), *("{:+.3f} ± {:.3f}".format(*pair) for pair in means)])
     parts.append(markdown([f"minus {reference}, paired", "seeds", *names], rows[1:]))
     return "\n".join(parts)
 
@@ -252,12 +256,13 @@ def offset_table() -> str:
     table, rows = cells("control"), []
     others = ["constant T = 1.0", "constant T = 1.3", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5))]
     for H0 in (0.3, 0.4, 0.5):
-        measured = {s: row["entropy"] for s, row in table[f"SCOPE, published rule, H0 {H0}"].items()}
-        seeds = sorted(measured.keys() & set.intersection(*(set(table[label]) for label in others)))
+        cell = table[f"SCOPE, published rule, H0 {H0}"]
+        seeds = sorted(cell.keys() & set.intersection(*(set(table[label]) for label in others)))
         points = {s: [(table[o][s]["entropy"], table[o][s]["scope_temperature"]) for o in others] for s in seeds}
-        predicted = {s: predicted_rest(points[s], H0) for s in seeds}
-        values = [[predicted[s] for s in seeds], [measured[s] for s in seeds], [measured[s] - predicted[s] for s in seeds]]
-        rows.append([H0, len(seeds), *("{0:.3f} ± {1:.3f}".format(*interval(v)) for v in values)])
+        predicted = np.array([predicted_rest(points[s], H0) for s in seeds])
+        measured = np.array([cell[s]["entropy"] for s in seeds])
+        columns = (predicted, measured, measured - predicted)
+        rows.append([H0, len(seeds), *("{:.3f} ± {:.3f}".format(*interval(v)) for v in columns)])
     return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
 
 
@@ -300,7 +305,7 @@ def main() -> None:
         for done, row in enumerate(pool.imap_unordered(one_run, jobs), start=1):
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{done} of {len(jobs)}: {row['options']}, seed {row['seed']}, entropy {row['entropy']:.3f}", flush=True)
+            print("{} of {}: {options}, seed {seed}, entropy {entropy:.3f}".format(done, len(jobs), **row), flush=True)
     print(tables(args.name))
     if args.name == "control":
         print(offset_table())

@@ -64,6 +64,9 @@ def theorems(z: Tensor, w: Tensor, T: Tensor) -> Iterator[tuple[str, Tensor, Ten
     rises, real = correlation(p_T, f, x)
     applies = real & (cf.expectation(p_T, f) > TINY) & (T >= 1)
     yield "as written, T >= 1: dH < 0  =>  d dH/dT > 0", rises, applies
+    before_peak = (cf.expectation(p_T, f) < -TINY) & (rises >= 0) & (cf.covariance(p_T, w, x) > TINY)
+    rises, real = correlation(cf.sampled(z, w, T), cf.sensitivity(z)[0], x)
+    yield "dH > 0, d dH/dT >= 0, P' < 0  =>  d dH+/dT > 0", rises, real & before_peak
     grid = torch.logspace(-1.3, 1.3, 40, dtype=z.dtype)[:, None]  # [40, 1]
     z, w = z[::10], w[::10]
     curve = cf.dh_positive(z[None], w[None], grid.expand(-1, len(z)))  # dH+ over the grid  [40, B / 100]

@@ -1,4 +1,4 @@
-"""theory/experiments.py and closed_loop.py: the grid, the variants, the statistics, and how a step is taken apart."""
+"""theory/experiments.py, report.py and closed_loop.py: the grid, the variants, the statistics, and how a step is taken apart."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import torch
 
 import closed_loop
 import experiments
+import report
 import reward
 import train
 
@@ -47,8 +48,8 @@ def test_variants_against_their_definitions_sample_by_sample():
 
 
 def test_intervals_and_paired_differences(tmp_path, monkeypatch):
-    assert experiments.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
-    assert math.isnan(experiments.interval([1.0])[1])
+    assert report.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / math.sqrt(3)))
+    assert math.isnan(report.interval([1.0])[1])
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     assert experiments.cells("control") == {}
     monkeypatch.setitem(experiments.EXPERIMENTS, "two", {"A": "a", "B": "b", "none yet": "c"})
@@ -59,11 +60,11 @@ def test_intervals_and_paired_differences(tmp_path, monkeypatch):
         for s, v in cell.items()
     ]
     experiments.RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = experiments.tables("two")
+    text = report.tables("two", experiments.cells("two"))
     assert "| A | 3 | 0.500 ± 0.993 |" in text
     assert "| B | 2 | +0.100 ± 0.000 |" in text  # the two seeds they share
     assert "none yet" not in text
-    assert "| A | 3 | 0.300 ± 0.000 | 0.100 ± 0.000 | 0.000 ± 0.000 |" in text  # entropy, error, oscillation
+    assert "| A | 3 | 0.300 ± 0.000 | 0.250 ± 0.000 | 0.000 ± 0.000 |" in text  # entropy, error, oscillation
 
 
 @pytest.mark.parametrize("slope", [0.5, 2.0])
@@ -71,7 +72,7 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
     """T* = 1 + slope (H - 0.1) meets T = 1 + H0 - H at H = (H0 + 0.1 slope) / (1 + slope)."""
     points = [(H, 1 + slope * (H - 0.1)) for H in (0.6, 0.1, 0.35)]
     for H0 in (0.3, 0.5):
-        predicted = experiments.predicted_rest(points, H0)
+        predicted = report.predicted_rest(points, H0)
         assert predicted == pytest.approx((H0 + 0.1 * slope) / (1 + slope), abs=2e-4)
 
 

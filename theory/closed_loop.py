@@ -5,7 +5,7 @@ step does to the mean token entropy H. With theta the weights, Delta the step's 
 steps, AdamW, momentum), and H(theta) on contexts that the policy visits before the step,
 
     first       <dH/dtheta, Delta>                                    what a vanishingly small step would do
-    curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)  second order (and fourth, ...): 1/2 Delta' H'' Delta
+    curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)  second order, 1/2 Delta' H'' Delta, and 4th, ...
     noise       the same along Delta with random signs                a step as long in every weight, without direction
     fixed       H(theta + Delta) - H(theta)                           first, curvature, and the odd rest
     visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed

@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import report
 import scope_rl
 import train
 
@@ -92,13 +93,6 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "transfer": {"GRPO": f"{SMOLLM2} {GRPO}", "SCOPE, H0 0.5": f"{SMOLLM2} {target(0.5)}"},
 }
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # Student's t by degrees of freedom
-TABLES = [
-    ("reward", "entropy", "rms_error", "oscillation", "scope_temperature"),
-    ("pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct"),
-]
-DIFFERENCES = ("reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
-
 
 # --- variants of scope_rl.advantages_and_weights: what if the auxiliary term were made differently?
 
@@ -186,106 +180,22 @@ def one_run(job: tuple[str, int]) -> dict:
     return row
 
 
-# --- reporting
-
-
 def read_results() -> list[dict]:
-    """All rows that are known."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """All rows that are known; `error` is the root mean square of H - H0 over the last fifth, as a share of H0."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for row in rows:
+        row["error"] = math.hypot(row["entropy"] - row["target"], row["oscillation"]) / row["target"]
+    return rows
 
 
 def cells(experiment: str) -> dict[str, dict[int, dict]]:
     """Label -> seed -> row, of an experiment's labels that have a row."""
     rows = read_results()
-    for row in rows:
-        row["rms_error"] = math.hypot(row["entropy"] - row["target"], row["oscillation"])  # of H about H0
     table = {
         label: {row["seed"]: row for row in rows if row["options"] == options}
         for label, options in EXPERIMENTS[experiment].items()
     }
     return {label: cell for label, cell in table.items() if cell}
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval (Student's t; NaN for one value)."""
-    n = len(values)
-    half = T_95.get(n - 1, 2.0) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def tables(experiment: str) -> str:
-    """Means and 95% intervals over the seeds; then differences from the first label, paired by seed."""
-    table, parts = cells(experiment), []
-    reference, base = next(iter(table.items()))
-    there = set.intersection(*(set(row) for cell in table.values() for row in cell.values()))
-    for columns in TABLES:
-        names = [name for name in columns if name in there]
-        rows = []
-        for label, cell in table.items():
-            means = [interval([row[name] for row in cell.values()]) for name in names]
-            rows.append([label, len(cell), *("{:.3f} ± {:.3f}".format(*pair) for pair in means)])
-        parts.append(markdown([experiment, "seeds", *names], rows))
-    names, rows = [name for name in DIFFERENCES if name in there], []
-    for label, cell in table.items():
-        seeds = sorted(cell.keys() & base.keys())
-        means = [interval([cell[seed][name] - base[seed][name] for seed in seeds]) for name in names]
-        rows.append([label, len(seeds), *("{:+.3f} ± {:.3f}".format(*pair) for pair in means)])
-    parts.append(markdown([f"minus {reference}, paired", "seeds", *names], rows[1:]))
-    return "\n".join(parts)
-
-
-def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
-    """Where the published rule should rest: where T = 1 + H0 - H meets the balance temperature T*(H).
-
-    Args:
-        points: (H, T*) at which *other* runs rest (constant T, integral), to be joined by lines; nats, temperature.
-    """
-    H = np.linspace(0, 1, 10_001)
-    entropies, temperatures = zip(*sorted(points), strict=True)
-    balance = np.interp(H, entropies, temperatures)
-    return float(H[np.abs(1 + H0 - H - balance).argmin()])
-
-
-def offset_table() -> str:
-    """Each seed's rest under the published rule, predicted from that seed's runs under other rules, and measured."""
-    table, rows = cells("control"), []
-    others = ["constant T = 1.0", "constant T = 1.3", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5))]
-    for H0 in (0.3, 0.4, 0.5):
-        cell = table[f"SCOPE, published rule, H0 {H0}"]
-        seeds = sorted(cell.keys() & set.intersection(*(set(table[label]) for label in others)))
-        points = {s: [(table[o][s]["entropy"], table[o][s]["scope_temperature"]) for o in others] for s in seeds}
-        predicted = np.array([predicted_rest(points[s], H0) for s in seeds])
-        measured = np.array([cell[s]["entropy"] for s in seeds])
-        columns = (predicted, measured, measured - predicted)
-        rows.append([H0, len(seeds), *("{:.3f} ± {:.3f}".format(*interval(v)) for v in columns)])
-    return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
-
-
-def draw(experiment: str) -> None:
-    """theory/EXPERIMENT.png: entropy over the run; Pass@1 and distinct right answers against entropy; 95% intervals."""
-    import matplotlib.pyplot as plt  # the extra `plot`
-
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
-    for i, (label, cell) in enumerate(cells(experiment).items()):
-        color, rows = plt.cm.tab20(i % 20), list(cell.values())
-        curves = [interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))]
-        mean, half = np.nan_to_num(np.array(curves)).T
-        share = (np.arange(len(mean)) + 0.5) / len(mean)
-        axes[0].plot(share, mean, label=label, color=color)
-        axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-        for axis, name in zip(axes[1:], ("pass@1", "distinct_correct"), strict=True):
-            (x, dx), (y, dy) = (interval([row[n] for row in rows]) for n in ("entropy", name))
-            axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
-    axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
-    for axis, name in zip(axes[1:], ("Pass@1", "distinct right answers of a problem's samples"), strict=True):
-        axis.set(xlabel="entropy, last fifth of the run", ylabel=name)
-    figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(RESULTS.with_name(f"{experiment}.png"), dpi=100)
 
 
 def main() -> None:
@@ -306,10 +216,10 @@ def main() -> None:
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print("{} of {}: {options}, seed {seed}, entropy {entropy:.3f}".format(done, len(jobs), **row), flush=True)
-    print(tables(args.name))
+    print(report.tables(args.name, cells(args.name)))
     if args.name == "control":
-        print(offset_table())
-    draw(args.name)
+        print(report.offsets(cells(args.name)))
+    report.draw(RESULTS.with_name(f"{args.name}.png"), cells(args.name))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
     for temperature in TEMPERATURES:
         samples, rewards = contexts(run, problems, temperature)
         for sign, chosen in (("positive", rewards == 1), ("negative", rewards == 0)):
+            if not chosen.any():
+                continue  # a policy that is always right at this temperature has no negative samples
             direction = 1.0 if sign == "positive" else -1.0
             predicted = step_along(run, samples, direction * chosen / batch)
             gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
@@ -111,6 +113,8 @@ def main() -> None:
     for sign in ("positive", "negative"):
         for temperature in TEMPERATURES:
             cell = [row for row in rows if (row["sign"], row["temperature"]) == (sign, temperature)]
+            if not cell:
+                continue
             values = np.array([[row[name] for name in columns] for row in cell])  # [seeds, columns]
             errors = 2 * values.std(0, ddof=min(1, len(cell) - 1)) / len(cell) ** 0.5
             cells = zip(values.mean(0), errors, strict=True)

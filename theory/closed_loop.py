@@ -6,11 +6,12 @@ steps, AdamW, momentum), and H(theta) on contexts that the policy visits before 
 
     first       <dH/dtheta, Delta>                                    what a vanishingly small step would do
     curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)  second order, 1/2 Delta' H'' Delta, and 4th, ...
-    noise       the same along Delta with random signs                a step as long in every weight, without direction
     fixed       H(theta + Delta) - H(theta)                           first, curvature, and the odd rest
     visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed
 
-`visiting` weighs the old samples with pi_new(o) / pi_old(o), so all columns are paired and their noise is small.
+`visiting` weighs the old samples with pi_new(o) / pi_old(o), so all columns are paired and their noise is small. With
+--save it also writes the policy of the *mean* weights over those steps, which is where the run is but for the noise of
+its last steps: a model for asymmetry.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import rollout
 import train
@@ -57,16 +59,13 @@ def one_step(run: train.Run) -> dict[str, float]:
     theta = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
     metrics, _ = train.train_step(run)
     new_theta = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
-    change = new_theta - theta  # Delta
-    flipped = change * (2 * torch.randint(2, change.shape, device=change.device) - 1)
     ends = {}
-    for name, point in {"-": theta - change, "n+": theta + flipped, "n-": theta - flipped, "+": new_theta}.items():
-        torch.nn.utils.vector_to_parameters(point, parameters)  # the last one puts the new weights back
-        ends[name] = entropies(run, samples, old)[1] - H
+    for sign, point in {"-": 2 * theta - new_theta, "+": new_theta}.items():  # the last puts the new weights in place
+        torch.nn.utils.vector_to_parameters(point, parameters)
+        ends[sign] = entropies(run, samples, old)[1] - H
     parts = {
-        "first": (gradient.double() @ change.double()).item(),
+        "first": (gradient.double() @ (new_theta - theta).double()).item(),
         "curvature": (ends["+"][0] + ends["-"][0]) / 2,
-        "noise": (ends["n+"][0] + ends["n-"][0]) / 2,
         "fixed": ends["+"][0],
         "visiting": ends["+"][1] - ends["+"][0],
     }
@@ -74,21 +73,29 @@ def one_step(run: train.Run) -> dict[str, float]:
 
 
 def main() -> None:
-    """Copy the run, go on with it, print the parts: mean a step ± 2 standard errors over the steps."""
+    """Copy the run, go on with it, print the parts as a mean a step ± 2 standard errors over the steps."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are train.py's.")
     parser.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--save", type=Path, help="write the model of the mean weights into this folder")
     args, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         for name in ("config.json", "checkpoint.pt"):
             shutil.copy(args.output_dir / name, folder)
         run = train.set_up(train.parse_config(["--resume", "--output_dir", folder, *rest]))
-    rows = [one_step(run) for _ in range(args.steps)]
+    parameters, total, rows = list(run.model.parameters()), 0.0, []
+    for _ in tqdm(range(args.steps)):
+        rows.append(one_step(run))
+        total = total + torch.nn.utils.parameters_to_vector(parameters).detach()
     values = np.array([list(row.values()) for row in rows])  # [steps, columns]
     errors = 2 * values.std(0, ddof=1) / args.steps**0.5
     cells = zip(rows[0], values.mean(0), errors, strict=True)
     print(f"entropy change a step, nats, over {args.steps} steps from step {run.step - args.steps}")
     print(", ".join(f"{name} {mean:+.5f} ± {error:.5f}" for name, mean, error in cells))
+    if args.save:
+        torch.nn.utils.vector_to_parameters(total / args.steps, parameters)
+        run.model.save_pretrained(args.save)
+        run.tokenizer.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,6 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "T not clipped, H0 0.5": f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}",
         "mean over positives, T in [0.5, 2], H0 0.5": f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}",
     },
-    "stepsize": {
-        "GRPO": GRPO,
-        "GRPO, lr / 3, steps x 3": f"{GRPO} --learning_rate 1e-4 --max_steps 1050",
-        "H0 0.4": target(0.4),
-        "H0 0.4, lr / 3, steps x 3": f"{target(0.4)} --learning_rate 1e-4 --max_steps 1050",
-    },
     "transfer": {"GRPO": f"{SMOLLM2} {GRPO}", "SCOPE, H0 0.5": f"{SMOLLM2} {target(0.5)}"},
 }
 

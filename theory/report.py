@@ -78,10 +78,11 @@ def offsets(cells: dict[str, dict[int, dict]]) -> str:
 
 
 def draw(path: Path, cells: dict[str, dict[int, dict]]) -> None:
-    """Entropy over the run; Pass@1 and distinct right answers against entropy; 95% intervals."""
+    """Entropy over the run; against it, Pass@1 minus the first label's (paired), and distinct right answers."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
+    reference, base = next(iter(cells.items()))
     for i, (label, cell) in enumerate(cells.items()):
         color, rows = plt.cm.tab20(i % 20), list(cell.values())
         curves = [interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))]
@@ -89,11 +90,13 @@ def draw(path: Path, cells: dict[str, dict[int, dict]]) -> None:
         share = (np.arange(len(mean)) + 0.5) / len(mean)
         axes[0].plot(share, mean, label=label, color=color)
         axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-        for axis, name in zip(axes[1:], ("pass@1", "distinct_correct"), strict=True):
-            (x, dx), (y, dy) = (interval([row[n] for row in rows]) for n in ("entropy", name))
+        gains = [row["pass@1"] - base[seed]["pass@1"] for seed, row in cell.items() if seed in base]
+        x, dx = interval([row["entropy"] for row in rows])
+        for axis, values in zip(axes[1:], (gains, [row["distinct_correct"] for row in rows]), strict=True):
+            y, dy = interval(values)
             axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
     axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
-    for axis, name in zip(axes[1:], ("Pass@1", "distinct right answers of a problem's samples"), strict=True):
-        axis.set(xlabel="entropy, last fifth of the run", ylabel=name)
+    axes[1].set(xlabel="entropy, last fifth of the run", ylabel=f"Pass@1 minus {reference}'s, paired")
+    axes[2].set(xlabel="entropy, last fifth of the run", ylabel="distinct right answers of a problem's samples")
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)

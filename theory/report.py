@@ -11,8 +11,8 @@ import numpy as np
 
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # Student's t by degrees of freedom
 TABLES = [
-    ("reward", "entropy", "error", "oscillation", "scope_temperature"),
-    ("pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct"),
+    ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
+    ("scope_temperature", "oscillation", "pass@4", "pass@16"),
 ]
 DIFFERENCES = ("reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
 
@@ -22,6 +22,12 @@ def interval(values: list[float]) -> tuple[float, float]:
     n = len(values)
     half = T_95.get(n - 1, 2.0) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), float(half)
+
+
+def show(values: list[float], sign: str = "") -> str:
+    """`mean ± half of the interval`, or the value alone."""
+    mean, half = interval(values)
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -38,14 +44,13 @@ def tables(experiment: str, cells: dict[str, dict[int, dict]]) -> str:
         names = [name for name in columns if name in there]
         rows = []
         for label, cell in cells.items():
-            means = [interval([row[name] for row in cell.values()]) for name in names]
-            rows.append([label, len(cell), *("{:.3f} ± {:.3f}".format(*pair) for pair in means)])
+            rows.append([label, len(cell), *(show([row[name] for row in cell.values()]) for name in names)])
         parts.append(markdown([experiment, "seeds", *names], rows))
     names, rows = [name for name in DIFFERENCES if name in there], []
     for label, cell in cells.items():
         seeds = sorted(cell.keys() & base.keys())
-        means = [interval([cell[seed][name] - base[seed][name] for seed in seeds]) for name in names]
-        rows.append([label, len(seeds), *("{:+.3f} ± {:.3f}".format(*pair) for pair in means)])
+        gains = [[cell[seed][name] - base[seed][name] for seed in seeds] for name in names]
+        rows.append([label, len(seeds), *(show(values, "+") for values in gains)])
     parts.append(markdown([f"minus {reference}, paired", "seeds", *names], rows[1:]))
     return "\n".join(parts)
 
@@ -72,8 +77,7 @@ def offsets(cells: dict[str, dict[int, dict]]) -> str:
         points = {s: [(cells[o][s]["entropy"], cells[o][s]["scope_temperature"]) for o in others] for s in seeds}
         predicted = np.array([predicted_rest(points[s], H0) for s in seeds])
         measured = np.array([cell[s]["entropy"] for s in seeds])
-        columns = (predicted, measured, measured - predicted)
-        rows.append([H0, len(seeds), *("{:.3f} ± {:.3f}".format(*interval(v)) for v in columns)])
+        rows.append([H0, len(seeds), show(predicted), show(measured), show(measured - predicted, "+")])
     return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
 
 

@@ -1,8 +1,8 @@
-"""theory/experiments.py, report.py and closed_loop.py: the grid, the variants, the statistics, and how a step is taken apart."""
+"""theory/experiments.py, report.py, closed_loop.py: the grid, the variants, the statistics, a step taken apart."""
 
 import json
 import math
-import shlex
+import random
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import train
 def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
     configs = set()
     for options in experiments.EXPERIMENTS[experiment].values():
-        variant, arguments = "", shlex.split(options)
+        variant, arguments = "", options.split()
         if arguments[0].startswith("@"):
             variant = arguments.pop(0)[1:]
             assert variant in experiments.VARIANTS
@@ -85,14 +85,22 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
         assert predicted == pytest.approx((H0 + 0.1 * slope) / (1 + slope), abs=2e-4)
 
 
-def test_the_questions_of_transfer_are_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ARITHMETIC", tmp_path / "folder" / "arithmetic.jsonl")
-    experiments.write_arithmetic()
-    problems = reward.load_problems(experiments.ARITHMETIC)
-    assert len(set(problems)) == len(problems) > 500
-    for question, answer in problems:
-        a, sign, b = question.removeprefix("What is ").removesuffix("?").split()
-        assert int(answer) == int(a) + int(b) * (-1 if sign == "-" else 1)
+def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "WORK", tmp_path / "folder")
+    experiments.write_sums()
+    problems = {split: reward.load_problems(experiments.WORK / f"{split}.jsonl") for split in ("train", "test")}
+    assert not set(problems["train"]) & set(problems["test"])
+    for question, answer in problems["train"] + problems["test"]:
+        a, b = question.removesuffix("=").split("+")
+        assert int(answer) == int(a) + int(b)
+    rng = random.Random(0)
+    for _ in range(100):
+        problem, example = experiments.sums_example(rng)
+        shown, value = example.split("=")
+        assert eval(shown) == int(value) == int(problem.answer)
+        assert reward.answer_reward(problem, example) == 1
+        assert reward.answer_reward(problem, example + "1") == 0
+        assert problem not in problems["test"]
 
 
 # --- closed_loop.py

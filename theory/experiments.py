@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import random
-import shlex
 import shutil
 import zlib
 from collections.abc import Callable
@@ -22,13 +21,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+import transformers
 
 import report
+import reward
 import scope_rl
 import train
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-ARITHMETIC = Path("outputs") / "experiments" / "arithmetic.jsonl"
+WORK = Path("outputs") / "experiments"
 GRPO, PUBLISHED_T = "--algorithm grpo", "--scope_temperature_min 0.8 --scope_temperature_max 1.2"
 PUBLISHED = f"--scope_gain 1 --scope_integral_gain 0 {PUBLISHED_T}"
 
@@ -45,12 +46,9 @@ def constant(T: float) -> str:
     return f"--scope_temperature_min {T} --scope_temperature_max {T}"
 
 
-SMOLLM2 = (
-    f"--preset laptop --model HuggingFaceTB/SmolLM2-135M-Instruct --train_file {ARITHMETIC} "
-    "--instruction 'Reply with the equation only.' --max_completion_length 16 --num_train_problems 64 "
-    "--num_eval_problems 32 --num_eval_generations 16 --generation_batch_size 32 --learning_rate 2e-5 --max_steps 60 "
-    "--per_device_train_batch_size 16 --per_device_eval_batch_size 128 --scope_share 0.25 --scope_weight 1 "
-    "--scope_gain 2 --scope_integral_gain 0.05 --scope_temperature_min 0.5 --scope_temperature_max 1.5"
+# Another task, read from JSONL files, and another architecture, with a warm start of its own (see `llama`).
+SUMS = (
+    f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.jsonl --num_train_problems 128 --model LLAMA"
 )
 # An experiment is a table of label -> options. "@NAME" first puts a function of VARIANTS in scope_rl's place.
 EXPERIMENTS: dict[str, dict[str, str]] = {
@@ -85,7 +83,10 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "T not clipped, H0 0.5": f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}",
         "mean over positives, T in [0.5, 2], H0 0.5": f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}",
     },
-    "transfer": {"GRPO": f"{SMOLLM2} {GRPO}", "SCOPE, H0 0.5": f"{SMOLLM2} {target(0.5)}"},
+    "transfer": {
+        "GRPO": f"{SUMS} {GRPO}",
+        **{f"H0 = {H}": f"{SUMS} {target(H)}" for H in (0.3, 0.4)},
+    },
 }
 
 # --- variants of scope_rl.advantages_and_weights: what if the auxiliary term were made differently?
@@ -131,28 +132,49 @@ VARIANTS: dict[str, Callable] = {
 # --- running
 
 
-def write_arithmetic() -> None:
-    """The questions of `transfer`, a JSONL file as train.py reads it: 80 sums and differences, the same every time."""
-    rng, lines = random.Random(0), []
-    while len(lines) < 640:
-        a, b, sign = rng.randint(2, 40), rng.randint(2, 40), rng.choice("+-")
-        record = {"question": f"What is {a} {sign} {b}?", "answer": str(a + b if sign == "+" else a - b)}
-        if json.dumps(record) not in lines:
-            lines.append(json.dumps(record))
-    ARITHMETIC.parent.mkdir(parents=True, exist_ok=True)
-    train.write_whole(ARITHMETIC, lambda path: path.write_text("\n".join(lines) + "\n"))
+def sums_example(rng: random.Random, split: str = "train") -> tuple[reward.Problem, str]:
+    """A sum, and a right answer to it: any other sum of the same value, with that value. `12+30=` -> `25+17=42`."""
+    while True:
+        a, b = rng.randint(1, 49), rng.randint(1, 49)
+        x = rng.randint(0, a + b)
+        if ((7 * a + b) % 8 == 0) == (split == "test"):
+            return reward.Problem(f"{a}+{b}=", str(a + b)), f"{x}+{a + b - x}={a + b}"
+
+
+def llama(seed: int) -> str:
+    """The folder of a small Llama, warm-started on sums as the tiny Qwen3 is on Countdown, made on first use."""
+    folder = WORK / f"llama-{seed}"
+    if not folder.exists():
+        classes = {"Qwen3Config": transformers.LlamaConfig, "Qwen3ForCausalLM": transformers.LlamaForCausalLM}
+        example = mock.patch.object(reward, "countdown_example", sums_example)
+        with mock.patch.multiple(transformers, **classes), example:
+            train.warm_start(folder.with_suffix(".tmp"), steps=1400, seed=seed)  # Pass@1 near 0.45, as for Countdown
+        folder.with_suffix(".tmp").rename(folder)
+    return str(folder)
+
+
+def write_sums() -> None:
+    """The questions of `transfer` as JSONL files, the same every time."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", 512), ("test", 128)):
+        rng = random.Random(split)
+        problems = [sums_example(rng, split)[0] for _ in range(count)]
+        text = "".join(json.dumps(problem._asdict()) + "\n" for problem in problems)
+        train.write_whole(WORK / f"{split}.jsonl", lambda path, text=text: path.write_text(text))
 
 
 def one_run(job: tuple[str, int]) -> dict:
     """Train one cell of the grid, quietly, and return its row of results."""
     options, seed = job
     torch.set_num_threads(1)
-    folder = ARITHMETIC.parent / f"{zlib.crc32(options.encode()):08x}-{seed}"
-    variant, arguments = ORIGINAL.__name__, shlex.split(options)
+    folder = WORK / f"{zlib.crc32(options.encode()):08x}-{seed}"
+    variant, arguments = ORIGINAL.__name__, options.split()
     if arguments[0].startswith("@"):
         variant = arguments.pop(0)[1:]
-    common = f"--preset tiny --model {train.warm_started_model(seed % 2)} --seed {seed} --logging_steps 0"
-    arguments = [*common.split(), *arguments, "--output_dir", str(folder)]
+    if "LLAMA" in arguments:
+        arguments[arguments.index("LLAMA")] = llama(seed % 2)
+    common = ["--model", train.warm_started_model(seed % 2), "--seed", str(seed), "--output_dir", str(folder)]
+    arguments = ["--preset", "tiny", "--logging_steps", "0", *common, *arguments]
     if (folder / "config.json").exists():
         arguments.append("--resume")
     with contextlib.ExitStack() as stack:
@@ -204,7 +226,7 @@ def main() -> None:
     jobs = [job for job in grid if job not in known]
     for seed in (0, 1)[: args.seeds]:
         train.warm_started_model(seed)
-    write_arithmetic()
+    write_sums()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for done, row in enumerate(pool.imap_unordered(one_run, jobs), start=1):
             with open(RESULTS, "a") as file:

@@ -47,9 +47,7 @@ def constant(T: float) -> str:
 
 
 # Another task, read from JSONL files, and another architecture, with a warm start of its own (see `llama`).
-SUMS = (
-    f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.jsonl --num_train_problems 128 --model LLAMA"
-)
+SUMS = f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.jsonl --num_train_problems 128"
 # An experiment is a table of label -> options. "@NAME" first puts a function of VARIANTS in scope_rl's place.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "control": {
@@ -141,6 +139,11 @@ def sums_example(rng: random.Random, split: str = "train") -> tuple[reward.Probl
             return reward.Problem(f"{a}+{b}=", str(a + b)), f"{x}+{a + b - x}={a + b}"
 
 
+def warm_start(options: str, seed: int) -> str:
+    """The folder of the model that a run starts from."""
+    return llama(seed % 2) if SUMS in options else train.warm_started_model(seed % 2)
+
+
 def llama(seed: int) -> str:
     """The folder of a small Llama, warm-started on sums as the tiny Qwen3 is on Countdown, made on first use."""
     folder = WORK / f"llama-{seed}"
@@ -171,10 +174,8 @@ def one_run(job: tuple[str, int]) -> dict:
     variant, arguments = ORIGINAL.__name__, options.split()
     if arguments[0].startswith("@"):
         variant = arguments.pop(0)[1:]
-    if "LLAMA" in arguments:
-        arguments[arguments.index("LLAMA")] = llama(seed % 2)
-    common = ["--model", train.warm_started_model(seed % 2), "--seed", str(seed), "--output_dir", str(folder)]
-    arguments = ["--preset", "tiny", "--logging_steps", "0", *common, *arguments]
+    common = ["--preset", "tiny", "--model", warm_start(options, seed), "--seed", str(seed), "--logging_steps", "0"]
+    arguments = [*common, "--output_dir", str(folder), *arguments]
     if (folder / "config.json").exists():
         arguments.append("--resume")
     with contextlib.ExitStack() as stack:
@@ -224,9 +225,9 @@ def main() -> None:
     known = {(row["options"], row["seed"]) for row in read_results()}
     grid = [(options, seed) for seed in range(args.seeds) for options in EXPERIMENTS[args.name].values()]
     jobs = [job for job in grid if job not in known]
-    for seed in (0, 1)[: args.seeds]:
-        train.warm_started_model(seed)
     write_sums()
+    for options, seed in jobs:
+        warm_start(options, seed)  # before the runs, so that no two of them make the same
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for done, row in enumerate(pool.imap_unordered(one_run, jobs), start=1):
             with open(RESULTS, "a") as file:

@@ -62,12 +62,17 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "alpha": {
         "0 (GRPO)": GRPO,
-        **{f"share and weight 1/{round(1 / a)}": share_and_weight(a, a) for a in (1 / 64, 1 / 16, 1 / 4, 1)},
+        **{f"share and weight 1/{round(1 / a)}": share_and_weight(a, a) for a in (1 / 64, 1 / 16, 1 / 4)},
+        "share and weight 1": share_and_weight(1, 1),
         **{f"share 1/{round(1 / a)}, weight 1": share_and_weight(a, 1) for a in (1 / 64, 1 / 16)},
         "share 1/4, weight 1": target(0.4),
         **{f"share 1/4, weight 1/{round(1 / a)}": share_and_weight(0.25, a) for a in (1 / 64, 1 / 16)},
     },
-    "target": {"GRPO": GRPO, **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}},
+    "target": {
+        "GRPO": GRPO,
+        **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+        **{f"H0 = {H}, wide": f"{target(H)} --scope_temperature_max 2 --scope_integral_band 1" for H in (0.6, 0.8)},
+    },
     "ingredients": {
         "as it is, H0 0.4": target(0.4),
         "both signs": f"@both_signs {target(0.4)}",

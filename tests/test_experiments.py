@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,11 +71,37 @@ def test_intervals_and_paired_differences(tmp_path, monkeypatch):
 
 def test_the_documents_show_what_the_rows_say():
     """Every table of theory/RESULTS.md, and README's, is the one that the committed rows give."""
-    results, readme = (Path(train.__file__).with_name(name).read_text() for name in ("theory/RESULTS.md", "README.md"))
+    root = Path(train.__file__).parent
+    results, readme = (root / "theory" / "RESULTS.md").read_text(), (root / "README.md").read_text()
     for name in experiments.EXPERIMENTS:
         assert report.tables(name, experiments.cells(name)) in results
     assert report.offsets(experiments.cells("control")) in results
     assert report.tables("target", experiments.cells("target")).split("\n\n")[0] in readme
+
+
+def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():
+    """theory/README.md against asymmetry.py's rows: the means and two standard errors, to the digits that are shown."""
+    theory = Path(experiments.__file__).parent
+    lines = [line.strip("| ").split("|") for line in (theory / "README.md").read_text().splitlines()]
+    lines = [line for line in lines if re.match(r"(positive|negative), \d", line[0])]
+    columns = [("warm-start", "held_out"), ("collapsed", "training"), ("scope", "training")]
+    columns = {7: columns, 5: [("collapsed-averaged", "training"), ("scope-averaged", "training")]}
+    assert sorted(map(len, lines)) == [5] * 10 + [7] * 10
+    for line in lines:
+        sign, temperature = line[0].strip().split(", ")
+        for (name, probe), shown, predicted in zip(columns[len(line)], line[1::2], line[2::2], strict=True):
+            rows = [json.loads(row) for row in (theory / f"asymmetry-{name}.jsonl").read_text().splitlines()]
+            rows = [row for row in rows if (row["sign"], row["temperature"]) == (sign, float(temperature))]
+            if len(rows) < 8:
+                assert shown.strip() == f"({len(rows)} of 8 draws)"
+                continue
+            values, digits = (
+                np.array([[row[probe], row["predicted"]] for row in rows]),
+                len(shown.split(".")[-1].strip()),
+            )
+            half = 2 * values[:, 0].std(ddof=1) / len(rows) ** 0.5
+            assert shown.strip() == f"{values[:, 0].mean():+.{digits}f} ± {half:.{digits}f}"
+            assert predicted.strip() == f"{values[:, 1].mean():+.4f}"
 
 
 @pytest.mark.parametrize("slope", [0.5, 2.0])

@@ -88,7 +88,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "transfer": {
         "GRPO": f"{SUMS} {GRPO}",
-        **{f"H0 = {H}": f"{SUMS} {target(H)}" for H in (0.3, 0.4)},
+        **{f"H0 = {H}": f"{SUMS} {target(H)}" for H in (0.3, 0.6)},
     },
 }
 

@@ -31,6 +31,7 @@ import train
 RESULTS = Path(__file__).parent / "results.jsonl"
 WORK = Path("outputs") / "experiments"
 GRPO, PUBLISHED_T = "--algorithm grpo", "--scope_temperature_min 0.8 --scope_temperature_max 1.2"
+WIDE = "--scope_temperature_max 2 --scope_integral_band 1"
 PUBLISHED = f"--scope_gain 1 --scope_integral_gain 0 {PUBLISHED_T}"
 
 
@@ -71,7 +72,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "target": {
         "GRPO": GRPO,
         **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
-        **{f"H0 = {H}, wide": f"{target(H)} --scope_temperature_max 2 --scope_integral_band 1" for H in (0.6, 0.8)},
+        **{f"H0 = {H}, wide": f"{target(H)} {WIDE}" for H in (0.6, 0.8)},
     },
     "ingredients": {
         "as it is, H0 0.4": target(0.4),
@@ -85,6 +86,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "T in [0.5, 2], H0 0.5": f"--scope_temperature_max 2 {target(0.5)}",
         "T not clipped, H0 0.5": f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}",
         "mean over positives, T in [0.5, 2], H0 0.5": f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}",
+        "T in [0.5, 2], integral everywhere, H0 0.8": f"{target(0.8)} {WIDE}",
+        "mean over positives, the same, H0 0.8": f"@mean_over_positives {target(0.8)} {WIDE}",
     },
     "transfer": {
         "GRPO": f"{SUMS} {GRPO}",

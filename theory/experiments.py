@@ -71,10 +71,11 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "target": {
         "GRPO": GRPO,
-        **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
+        **{f"H0 = {H}": target(H) for H in (0.2, 0.3, 0.4, 0.5)},
         **{f"H0 = {H}, wide": f"{target(H)} {WIDE}" for H in (0.6, 0.8)},
         "H0 = 0.8, wide, mean over positives": f"@mean_over_positives {target(0.8)} {WIDE}",
     },
+    "beyond": {f"H0 = {H}": target(H) for H in (0.5, 0.6, 0.7, 0.8)},
     "ingredients": {
         "as it is, H0 0.4": target(0.4),
         "both signs": f"@both_signs {target(0.4)}",

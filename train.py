@@ -71,7 +71,7 @@ class Config:
     generation_batch_size: int = option(128, "ordinary completions a step, num_generations for each prompt")
     num_generations: int = option(8, "G, completions of a prompt")
     max_completion_length: int = option(512, "tokens; a completion not ended by then gets reward 0")
-    mask_truncated_completions: bool = option(False, "leave such completions out of the loss instead")
+    mask_truncated_completions: bool = option(False, "and also leave such completions out of the loss")
     num_mini_batches: int = option(2, "gradient steps on each step's samples")
     per_device_train_batch_size: int = option(8, "completions in a forward pass; does not change the gradient")
     per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")

@@ -201,8 +201,8 @@ def one_run(job: tuple[str, int]) -> dict:
     row |= {name: float(np.mean([step[name] for step in last])) for name in ("reward", "entropy", "scope_temperature")}
     row |= {"oscillation": float(np.std([step["entropy"] for step in last]))}
     row |= json.loads((folder / "eval.json").read_text())["after"]
-    tenths = np.array_split([step["entropy"] for step in steps], 35)
-    row["entropies"] = [round(float(part.mean()), 4) for part in tenths]
+    parts = np.array_split([step["entropy"] for step in steps], 35)
+    row["entropies"] = [round(float(part.mean()), 4) for part in parts]
     shutil.rmtree(folder)
     return row
 
@@ -243,10 +243,11 @@ def main() -> None:
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
             print("{} of {}: {options}, seed {seed}, entropy {entropy:.3f}".format(done, len(jobs), **row), flush=True)
-    print(report.tables(args.name, cells(args.name)))
+    table = cells(args.name)
+    print(report.tables(args.name, table))
     if args.name == "control":
-        print(report.offsets(cells(args.name)))
-    report.draw(RESULTS.with_name(f"{args.name}.png"), cells(args.name))
+        print(report.offsets(table))
+    report.draw(RESULTS.with_name(f"{args.name}.png"), table)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
-"""SCOPE-RL: group-relative policy optimisation whose entropy is held at a target.  (arXiv 2510.08141)
+"""SCOPE-RL: group-relative policy optimisation whose entropy is held at a target.
 
-GRPO samples G completions of each prompt and reinforces those that beat their group. Doing so lets the policy's entropy
-H collapse. SCOPE adds one term: a few more completions, sampled at temperature T, of which only the rewarded count,
+GRPO samples G completions of each prompt and reinforces those that beat their group. Doing so lets
+the policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds one term: a few more completions,
+sampled at a temperature T, of which only the rewarded count,
 
-    J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] * 1/|o| sum_t min(r_t, clip(r_t, 1 - eps, 1 + eps)) ]
+    J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
     T       = clip(1 + H0 - H(pi_old), T_min, T_max)
 
-with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t), at temperature 1 on both sides. Rewarded samples drawn hot are
-rarer tokens that turned out right, and reinforcing them raises the entropy; drawn cold they lower it (theory/). So T is
-a knob for the entropy, and the rule above turns it: below the target it heats, above it cools.
+with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) at temperature 1 on both sides, clipped to
+1 - epsilon and 1 + epsilon. Rewarded samples drawn hot are rarer tokens that turned out right, and
+reinforcing them raises the entropy; drawn cold they lower it (theory/). So T is a knob for the
+entropy, and the rule above turns it: below the target it heats, above it cools.
 
-Everything here is a pure function. A sample's place in the objective is two numbers, its advantage and its weight:
+Everything here is a pure function. A sample's place in the objective is a row of one table,
 
-                     advantage A_i                       weight w_i
-    ordinary         (R_i - mean) / (std + small)        1 / N            N samples at temperature 1
-    auxiliary        1[R_i = 1]                          alpha / N'       N' samples at temperature T
+                 advantage A_i                   weight w_i    entropy bonus c_i
+    ordinary     (R_i - mean) / (std + small)    1 / N         entropy_coef       N of them, at 1
+    auxiliary    1[R_i = 1]                      alpha / N'    0                  N' of them, at T
 
-and J = sum_i w_i * 1/|o_i| sum_t min(r_t A_i, clip(r_t) A_i), so any split into micro-batches adds up to the same J.
+and J is a sum over its rows, so any split into micro-batches adds up to the same J:
+
+    J = sum_i w_i / |o_i| sum_t [ min(r_t A_i, clip(r_t) A_i) + c_i H_t ]
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,83 +33,90 @@ from entropy import masked_mean
 ADVANTAGE_EPSILON = 1e-4  # "small" above
 
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """(R - group mean) / (group std + small): rewards `[P, G]`, a row a prompt, to advantages `[P, G]`.
+@dataclass
+class Objective:
+    """The table in the module's docstring: three columns `[B]`, a row a sample."""
 
-    std is the population's (divided by G): with binary rewards and pass rate p, a right answer's advantage is then
-    sqrt((1 - p) / p). Equal rewards, and a group of one, have advantage 0.  (GRPO, arXiv 2402.03300)
+    advantages: Tensor  # A_i
+    weights: Tensor  # w_i
+    entropy_coefs: Tensor  # c_i
+
+    def rows(self, index: Tensor) -> "Objective":
+        """The table of some of the samples."""
+        return Objective(self.advantages[index], self.weights[index], self.entropy_coefs[index])
+
+    def has_gradient(self) -> Tensor:
+        """`[B]` bool, false for samples that J does not depend on: no advantage and no bonus."""
+        return (self.weights != 0) & ((self.advantages != 0) | (self.entropy_coefs != 0))
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """(R - group mean) / (group std + small): rewards `[P, G]`, a row a prompt, to advantages.
+
+    std is the population's: with binary rewards and pass rate p, a right answer has the advantage
+    sqrt((1 - p) / p). Equal rewards, and a group of one, have 0.  (GRPO, arXiv 2402.03300)
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
     return centred / (rewards.std(1, keepdim=True, unbiased=False) + ADVANTAGE_EPSILON)
 
 
-def advantages_and_weights(rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float) -> tuple[Tensor, Tensor]:
-    """The table in the module's docstring, for the whole batch: ordinary samples first, auxiliary ones after.
+def objective_table(
+    rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float, entropy_coef: float = 0.0
+) -> Objective:
+    """The table of a batch: `rewards` `[P, G]` of the ordinary samples, `[N']` of the auxiliary ones.
 
-    The auxiliary mean is over all N' samples, rewarded or not (dividing by the positives would be another objective).
-
-    Args:
-        rewards: `[P, G]` of the ordinary samples.
-        auxiliary_rewards: `[N']`; may be empty.
-        scope_weight: alpha, the weight of the auxiliary term.
-
-    Returns:
-        advantages `[P * G + N']` and weights `[P * G + N']`.
+    The auxiliary mean is over all N' samples (maybe none), rewarded or not: dividing by the number of
+    rewarded ones would be another objective. `scope_weight` is alpha.
     """
-    advantages = group_advantages(rewards).flatten()  # [N]
-    positive = (auxiliary_rewards == 1).to(advantages.dtype)  # 1[R = 1]  [N']
-    weights = torch.full_like(advantages, 1 / len(advantages))
-    auxiliary_weights = torch.full_like(positive, scope_weight / max(1, len(positive)))
-    return torch.cat([advantages, positive]), torch.cat([weights, auxiliary_weights])
+    ordinary = group_advantages(rewards).flatten()  # [N]
+    N, M = len(ordinary), len(auxiliary_rewards)  # M is N'
+    return Objective(
+        torch.cat([ordinary, (auxiliary_rewards == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
+        ordinary.new_tensor([1 / N] * N + [scope_weight / max(1, M)] * M),  # w
+        ordinary.new_tensor([entropy_coef] * N + [0.0] * M),  # c
+    )
 
 
 def scope_loss(
-    logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, advantages: Tensor, weights: Tensor,
-    bonus_weights: Tensor, epsilon: float = 0.2, epsilon_high: float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, objective: Objective,
+    epsilon: float = 0.2, epsilon_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-J of the given samples: their share of the batch's loss, so that the shares of micro-batches add up.
+    """-J of the given samples, their share of the batch's loss; and how many tokens the clip cut off.
 
     Args:
-        logprobs, old_logprobs: `[B, T]` under the policy being updated and the one that sampled, both at temperature 1.
-        entropies: `[B, T]` nats, differentiable, used by the entropy bonus only.
-        mask: `[B, T]` bool, true on the completions' tokens.
-        advantages, weights: `[B]`, from `advantages_and_weights`.
-        bonus_weights: `[B]`, the coefficient of each sample's mean entropy in J (an entropy bonus; 0 for none).
-        epsilon: the ratio is clipped below 1 - epsilon,
-        epsilon_high: and above 1 + epsilon_high (DAPO's clip-higher; epsilon if None).
-
-    Returns:
-        the loss, a scalar, and the number of tokens whose gradient the clip removed, a scalar.
+        logprobs, old_logprobs: `[B, S]`, of the policy updated and of the one that sampled, at T = 1.
+        entropies: `[B, S]` nats; differentiable, if there is an entropy bonus.
+        mask: `[B, S]` bool, true on the completions' tokens.
+        objective: the rows of these samples.
+        epsilon, epsilon_high: the ratio is clipped below 1 - epsilon and above 1 + epsilon_high
+            (DAPO's clip-higher; epsilon if None).
     """
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, T]
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, S]
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    A = advantages[:, None]  # [B, 1]
-    surrogate = torch.minimum(ratio * A, ratio.clamp(low, high) * A)  # min(r A, clip(r) A)  [B, T]
-    objective = weights * masked_mean(surrogate, mask, dim=1)  # w_i / |o_i| sum_t  [B]
-    objective = objective + bonus_weights * masked_mean(entropies, mask, dim=1)
-    clipped = mask & (((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low)))  # the minimum is the constant  [B, T]
-    return -objective.sum(), clipped.sum()
+    A = objective.advantages[:, None]  # [B, 1]
+    surrogate = torch.minimum(ratio * A, ratio.clamp(low, high) * A)  # min(r A, clip(r) A)  [B, S]
+    bonus = objective.entropy_coefs[:, None] * entropies  # c_i H_t  [B, S]
+    J = (objective.weights * masked_mean(surrogate + bonus, mask, dim=1)).sum()
+    clipped = mask & (((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low)))  # [B, S]
+    return -J, clipped.sum()
 
 
 def scope_temperature(
     entropy: float, integral: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2,
     gain: float = 1.0, integral_gain: float = 0.0, integral_band: float = 0.1,
 ) -> tuple[float, float]:  # fmt: skip
-    """T = clip(1 + H0 - H, 0.8, 1.2), the paper's rule, with two options that are ours: a gain and an integral.
+    """T = clip(1 + H0 - H, 0.8, 1.2), the paper's rule, with a gain and an integral beside it.
 
-        T = clip(1 + gain * (H0 - H) + I, T_min, T_max),     I <- I + integral_gain * (H0 - H)
+        T = clip(1 + gain (H0 - H) + I, T_min, T_max),     I <- I + integral_gain (H0 - H)
 
-    The rule alone is a proportional controller: it rests where T balances GRPO's pull on the entropy, an offset of
-    (T - 1) / gain below H0. The integral removes the offset. It is frozen while T is clipped and while H is further
-    than `integral_band` from H0, or it would wind up on the way there.
+    The rule alone is a proportional controller: it rests where T balances GRPO's pull on the
+    entropy, an offset of (T - 1) / gain below H0. The integral, which the paper does not have,
+    removes it. It is frozen while T is clipped and while H is further than `integral_band` from H0,
+    or it would wind up on the way there. (EntroPIC, arXiv 2511.15248, controls the entropy by such
+    terms too; there they scale the advantages, here they move T.)
 
-    Args:
-        entropy: H, mean token entropy of the policy in nats, from the previous step.
-        integral: I, from the previous step; 0 at first.
-        target: H0, nats.
-
-    Returns:
-        T, and I for the next step.
+    `entropy` (H, nats a token) and `integral` (I, 0 at first) are the previous step's. Returns T, and I
+    for the next step.
     """
     error = target - entropy  # H0 - H
     wanted = 1 + gain * error + integral
@@ -111,17 +124,3 @@ def scope_temperature(
     if temperature == wanted and abs(error) <= integral_band:
         integral += integral_gain * error
     return temperature, integral
-
-
-def aepo_temperature(
-    entropy: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2
-) -> tuple[float, float]:
-    """AEPO, SCOPE's predecessor: hot where the entropy is at or below the target, cold and half as many above it.
-
-    Its auxiliary positives have advantage 1 and count like ordinary samples, which is SCOPE's objective with the weight
-    equal to the share (theirs: about 60 of a batch of 512).
-
-    Returns:
-        T, and the factor on the auxiliary share.
-    """
-    return (maximum, 1.0) if entropy <= target else (minimum, 0.5)

@@ -1,47 +1,42 @@
 """Train a language model with SCOPE-RL:  `python train.py`  (`--help` lists the options).
 
-One step of the loop, with the function that explains each part:
+One step of the loop, and what explains each part:
 
-    1. T from the previous step's entropy                         scope_rl.scope_temperature
-    2. sample: G completions a prompt at 1, a few more at T       rollout.generate
-    3. reward every completion                                    reward.countdown_reward, reward.answer_reward
-    4. log pi_old and entropy H of every token                    rollout.score, entropy.logprobs_and_entropies
-    5. advantages and weights, then gradient steps on -J          scope_rl.advantages_and_weights, scope_rl.scope_loss
+    1. T from the previous step's entropy                     scope_rl.scope_temperature
+    2. sample: G completions a prompt at 1, a few more at T   rollout.generate
+    3. reward every completion                                reward.countdown_reward, answer_reward
+    4. log pi_old and the entropy H of every token            rollout.score
+    5. gradient steps on -J                                   scope_rl.objective_table, scope_loss
 
-State and files live here and nowhere else. Nothing random is carried from step to step: each step seeds its own
-generators from (seed, step), so a run resumed at a step goes on as if it had never stopped.
+State and files live here and nowhere else. Nothing random is carried from step to step: each step
+seeds its own generators from (seed, step), so a resumed run goes on as if it had never stopped.
 """
 
-import dataclasses
-import hashlib
-import inspect
 import json
 import math
 import os
-import random
-import shutil
+import runpy
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tokenizers
 import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from reward import Problem, Task
+from reward import Problem
+from rollout import Rollout
 
 
+# --- Config
 def option(default, help: str):
     """A config field, with the text that `--help` shows for it."""
     return field(default=default, metadata={"help": help})
@@ -49,93 +44,95 @@ def option(default, help: str):
 
 @dataclass
 class Config:
-    """Everything a run depends on. Defaults are the published constants; a preset adapts them to model and machine."""
+    """Everything a run depends on. Defaults are the published constants; a preset adapts them."""
 
-    preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by device, and by --model")
-    model: str | None = option(None, "causal LM, a folder or a name on the hub; default: the preset's")
-    task: Literal["countdown", "gsm8k"] = option("gsm8k", "gsm8k: questions and answers, its own or your files'")
-    train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
-    test_file: str | None = option(None, "the same, to evaluate on; default: the last tenth of train_file")
-    instruction: str | None = option(None, "what the model is told after each question; default: the task's")
-    num_train_problems: int | None = option(None, "use so many; default: all of a file, 128 of countdown")
-    num_eval_problems: int = option(128, "problems evaluated before and after training, 0 for none")
-    num_eval_generations: int = option(8, "samples of each: Pass@k is known up to this k")
+    # The run
+    preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by the device")
     output_dir: str | None = option(None, "default: a new folder in outputs/")
-    resume: bool = option(False, "continue the run in output_dir, with its config where the command line says nothing")
+    resume: bool = option(False, "go on with the run in output_dir, by its config but for options")
     seed: int = option(0, "of everything random in training; evaluation is always drawn alike")
-
-    algorithm: Literal["scope", "grpo", "aepo"] = option(
-        "scope", "grpo: no auxiliary term; aepo: T switches, weight = share"
-    )
     max_steps: int = option(500, "steps; each samples once")
-    generation_batch_size: int = option(128, "ordinary completions a step, num_generations for each prompt")
+    save_steps: int = option(50, "steps between checkpoints; the last is kept")
+    logging_steps: int = option(25, "steps between completions shown on screen, 0 for none")
+
+    # Model and task
+    model: str | None = option(None, "causal LM, a folder or a name on the hub; default: preset's")
+    task: str = option("gsm8k", "gsm8k, or your files like it, or a .py file with a function task")
+    train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
+    test_file: str | None = option(None, "the same, to evaluate on; default: train_file's last 10%")
+    instruction: str | None = option(None, "said after each question; default: the task's")
+    num_train_problems: int | None = option(None, "default: all there are, 128 of countdown")
+    num_eval_problems: int = option(128, "evaluated before and after training, 0 for none")
+    num_eval_generations: int = option(8, "samples of each: Pass@k is known up to this k")
+
+    # GRPO
+    algorithm: Literal["scope", "grpo"] = option("scope", "grpo: without the auxiliary samples")
+    generation_batch_size: int = option(128, "ordinary completions a step, over all prompts")
     num_generations: int = option(8, "G, completions of a prompt")
     max_completion_length: int = option(512, "tokens; a completion not ended by then gets reward 0")
-    mask_truncated_completions: bool = option(False, "and also leave such completions out of the loss")
     num_mini_batches: int = option(2, "gradient steps on each step's samples")
-    per_device_train_batch_size: int = option(8, "completions in a forward pass; does not change the gradient")
-    per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
     learning_rate: float = option(1e-6, "of AdamW, constant after the warm-up, no weight decay")
     warmup_steps: int = option(10, "steps over which the learning rate rises")
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm")
     epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon and above 1 + epsilon")
-    epsilon_high: float | None = option(None, "clip-higher: its upper range (DAPO: 0.28); default: epsilon")
-    entropy_coef: float = option(0.0, "coefficient of an entropy bonus, the usual alternative to SCOPE")
+    epsilon_high: float | None = option(None, "clip-higher, its upper range; default: epsilon")
+    entropy_coef: float = option(0.0, "of an entropy bonus, the usual alternative to SCOPE")
 
+    # SCOPE
     scope_target_entropy: float = option(0.5, "H0, nats a token")
-    scope_alpha: float = option(1 / 64, "auxiliary samples for each ordinary one, and the weight of their term")
-    scope_share: float | None = option(None, "the share apart; default: scope_alpha")
+    scope_alpha: float = option(1 / 64, "auxiliary samples for each ordinary one, and their weight")
     scope_weight: float | None = option(None, "the weight apart; default: scope_alpha")
     scope_temperature_min: float = option(0.8, "lower clip of T")
     scope_temperature_max: float = option(1.2, "upper clip of T")
     scope_gain: float = option(1.0, "temperature per nat of H0 - H")
-    scope_integral_gain: float = option(0.0, "temperature per nat and step; removes the rule's offset (ours)")
+    scope_integral_gain: float = option(0.0, "temperature per nat and step; removes the offset")
     scope_integral_band: float = option(0.1, "nats from H0 within which the integral runs")
 
-    bf16: bool = option(False, "autocast to bfloat16; weights, logits and entropies stay float32")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    logging_steps: int = option(25, "steps between sampled completions on screen, 0 for none")
-    save_steps: int = option(50, "steps between checkpoints; the last is kept")
+    # The machine: none of these changes what is computed, but for rounding
+    bf16: bool = option(False, "the model's body in bfloat16; weights and logits stay float32")
+    gradient_checkpointing: bool = option(False, "less memory, more time in the backward pass")
+    per_device_train_batch_size: int = option(8, "completions in a forward pass of an update")
+    per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
 
     def __post_init__(self) -> None:
-        """Fill in what follows from other options. Raises ValueError, in one line, for values that cannot work."""
-        self.scope_share = self.scope_alpha if self.scope_share is None else self.scope_share
+        """Fill in what follows from other options. Raises ValueError for what cannot work."""
         self.scope_weight = self.scope_alpha if self.scope_weight is None else self.scope_weight
-        above_zero = ["num_train_problems", "num_eval_generations", "num_generations", "generation_batch_size",
-                      "max_completion_length", "num_mini_batches", "per_device_train_batch_size", "save_steps",
-                      "per_device_eval_batch_size", "max_grad_norm", "scope_temperature_min"]  # fmt: skip
         for name, value in vars(self).items():
             if isinstance(value, int | float):
-                check(0 <= value < math.inf, f"{name} is {value}, must be a number and not negative")
-                check(value > 0 or name not in above_zero, f"{name} must be above 0")
-        remainder = self.generation_batch_size % self.num_generations
-        check(remainder == 0, "generation_batch_size must be a multiple of num_generations")
-        check(self.num_mini_batches <= self.prompts_per_step, "num_mini_batches is more than the prompts of a step")
-        ordered = self.scope_temperature_min <= self.scope_temperature_max
-        check(ordered, "scope_temperature_min exceeds scope_temperature_max")
-
-    @property
-    def prompts_per_step(self) -> int:
-        return self.generation_batch_size // self.num_generations
+                check(0 <= value < math.inf, f"{name} is {value}, must be a number, not negative")
+                check(value > 0 or name not in ABOVE_ZERO, f"{name} must be above 0")
+        num_prompts, rest = divmod(self.generation_batch_size, self.num_generations)
+        check(rest == 0, "generation_batch_size must be a multiple of num_generations")
+        check(self.num_mini_batches <= num_prompts, "num_mini_batches is more than a step's prompts")
+        in_order = self.scope_temperature_min <= self.scope_temperature_max
+        check(in_order, "scope_temperature_min exceeds scope_temperature_max")
 
 
+ABOVE_ZERO = {
+    "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size", "max_grad_norm",
+    "num_generations", "max_completion_length", "num_mini_batches", "scope_temperature_min",
+    "per_device_train_batch_size", "per_device_eval_batch_size",
+}  # fmt: skip
+TINY = Path(__file__).parent / "theory" / "tiny"
 PRESETS = {
     # One GPU. The method's constants are the published ones.
     "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "bf16": True, "gradient_checkpointing": True},
-    # Any small LM on a CPU: a look at the real thing, about half a minute a step, too short to learn much.
+    # Any small LM on a CPU: a look at the real thing, too short to learn much.
     "laptop": {
-        "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "generation_batch_size": 16, "num_generations": 4,
-        "max_completion_length": 128, "max_steps": 20, "learning_rate": 5e-6, "num_eval_problems": 4,
-        "num_eval_generations": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 5,
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "max_steps": 20, "logging_steps": 1,
+        "save_steps": 5, "generation_batch_size": 16, "num_generations": 4, "learning_rate": 5e-6,
+        "max_completion_length": 128, "num_eval_problems": 4, "num_eval_generations": 4,
+        "per_device_train_batch_size": 4,
     },
-    # 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are too weak at this
-    # scale (alpha = 1/64 is 8 samples a step, and T sticks at 1.2 as H drifts down), hence others here.
+    # 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are
+    # too weak at this scale (alpha = 1/64 is 8 samples a step; T sticks at 1.2 as H drifts down).
     "tiny": {
-        "task": "countdown", "generation_batch_size": 512, "num_generations": 8, "max_completion_length": 12,
-        "max_steps": 350, "learning_rate": 3e-4, "num_eval_generations": 64,
-        "per_device_train_batch_size": 1024, "per_device_eval_batch_size": 4096,
-        "scope_target_entropy": 0.4, "scope_alpha": 0.25, "scope_weight": 1.0, "scope_temperature_min": 0.5,
-        "scope_temperature_max": 1.5, "scope_gain": 2.0, "scope_integral_gain": 0.05,
+        "model": str(TINY / "start-0"), "task": str(TINY / "countdown.py"), "max_steps": 350,
+        "generation_batch_size": 512, "num_generations": 8, "max_completion_length": 12,
+        "learning_rate": 3e-4, "num_eval_generations": 64, "per_device_train_batch_size": 1024,
+        "per_device_eval_batch_size": 4096, "scope_target_entropy": 0.4, "scope_alpha": 0.25,
+        "scope_weight": 1.0, "scope_temperature_min": 0.5, "scope_temperature_max": 1.5,
+        "scope_gain": 2.0, "scope_integral_gain": 0.05,
     },
 }  # fmt: skip
 
@@ -147,382 +144,308 @@ def check(condition: bool, message: str) -> None:
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line over the preset (with --resume: over the interrupted run's config) over Config's defaults."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__.split("\n")[0], allow_abbrev=False)
+    """The command line over the preset (--resume: over the run's config) over the defaults."""
+    description = __doc__.partition("\n")[0]
+    parser = transformers.HfArgumentParser(Config, description=description, allow_abbrev=False)
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
         try:
             defaults = json.loads(path.read_text())
         except (OSError, ValueError):
-            raise ValueError(f"nothing to resume: --output_dir must name a run's folder; cannot read {path}") from None
+            reason = "--output_dir must name a run's folder; cannot read"
+            raise ValueError(f"nothing to resume: {reason} {path}") from None
     else:
-        preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else "laptop" if args.model else "tiny")
+        without_gpu = "laptop" if args.model else "tiny"
+        preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
         folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")
         defaults = PRESETS[preset] | {"preset": preset, "output_dir": folder}
     parser.set_defaults(**defaults)
     return Config(**vars(parser.parse_args(argv)))
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """A token for each character of Countdown. Its chat template keeps the question and drops the instruction."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-,:="])}
-    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    characters.decoder = tokenizers.decoders.Fuse()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
-    tokenizer.chat_template = "{{ messages[0]['content'].split('\n')[0] }}"
-    return tokenizer
-
-
-def warm_start(folder: Path, steps: int = 3500, batch_size: int = 64, peak_lr: float = 4e-3, seed: int = 0) -> None:
-    """Train the tiny model from scratch on random right Countdown expressions; save it and its tokenizer in `folder`.
-
-    Supervised, and on problems of the training split only. Stopped early on purpose: it then solves almost half of the
-    problems with plenty of entropy, which is where RL starts.
-    """
-    torch.manual_seed(seed)
-    rng, tokenizer = random.Random(f"warm start {seed}"), tiny_tokenizer()
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=16,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        )
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps)
-    for _ in tqdm(range(steps), desc="warm start, once"):
-        examples = [reward.countdown_example(rng) for _ in range(batch_size)]
-        texts = [f"{problem.question}{expression}<eos>" for problem, expression in examples]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        equals = (batch.input_ids == tokenizer.convert_tokens_to_ids("=")).long()
-        learned = (equals.cumsum(1) - equals) * batch.attention_mask  # 1 after the "=" up to <eos>  [B, S]
-        labels = batch.input_ids.masked_fill(learned == 0, -100)
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def warm_started_model(seed: int = 0) -> str:
-    """The folder of the warm-started tiny model, made on first use; changing the code that makes it makes a new one."""
-    source = "".join(inspect.getsource(f) for f in (tiny_tokenizer, warm_start, reward.countdown_example))
-    folder = reward.cache_dir() / f"tiny-{hashlib.sha256(source.encode()).hexdigest()[:12]}-{seed}"
-    if not folder.exists():
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-        warm_start(unfinished, seed=seed)
-        shutil.rmtree(unfinished) if folder.exists() else os.replace(unfinished, folder)  # another run may be first
-    return str(folder)
-
-
+# --- The step
 @dataclass
 class Run:
     """A run: its parts, and the state that one step hands to the next."""
 
     config: Config
-    task: Task
+    task: reward.Task
     prompts: dict[str, str]  # each question as the model is asked it
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     step: int = 0
     entropy: float | None = None  # H of the previous step, nats; None before the first
     integral: float = 0.0  # I of the temperature rule
 
 
-def load_policy(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in float32 and on the GPU if there is one, and its tokenizer.
+def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
+    """One step of the loop. Returns its metrics, and (T, reward, question, text) of two samples."""
+    config, start = run.config, time.perf_counter()
+    N, G = config.generation_batch_size, config.num_generations
+    torch.manual_seed(config.seed * 1_000_003 + run.step)
 
-    Float32 weights matter: at a learning rate of 1e-6 an update is below half a step of bfloat16, and would be lost.
+    # 1. The temperature of the auxiliary samples, and how many there are (M is N').
+    T, M = control(run)
 
-    Raises:
-        ValueError: if they cannot be loaded, weights are missing, or rollout.prepare_policy refuses the model.
-    """
-    name = config.model or warm_started_model()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # OSError, ValueError, KeyError, SafetensorError ...: all the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load the model {name}: {reason}") from None
-    check(not info["missing_keys"], f"the model {name} lacks weights, for example {sorted(info['missing_keys'])[:1]}")
-    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    rollout.prepare_policy(model)
-    return model, tokenizer
+    # 2. and 3. G completions of each prompt at temperature 1, and N' at T, spread over the prompts.
+    chosen = choose_problems(run.task.train, N // G, config.seed, run.step)
+    prompt = torch.cat([torch.arange(N) // G, torch.arange(M) % len(chosen)])  # whose  [N + N']
+    problems, temperatures = [chosen[p] for p in prompt.tolist()], [1.0] * N + [T] * M
+    samples, rewards = sample(run, problems, torch.tensor(temperatures))
+    rollout_seconds = time.perf_counter() - start
 
+    # 4. log pi_old, and the entropy of all ordinary tokens, which the next step's T will follow.
+    old_logprobs, entropies = score_all(run, samples)  # [N + N', S]
+    run.entropy = masked_mean(entropies[:N], samples.completion_mask[:N]).item()  # H(pi_old)
 
-def set_up(config: Config) -> Run:
-    """Load everything a run needs, and its checkpoint if it resumes. Raises ValueError for input that cannot work."""
-    output = Path(config.output_dir)
-    fresh = config.resume or not (output / "config.json").exists()
-    check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
-    if config.task == "countdown":
-        task = reward.countdown(config.num_train_problems or 128, config.num_eval_problems, config.seed)
-    else:
-        task = reward.question_answer(config.train_file, config.test_file)
-        task = task._replace(train=task.train[: config.num_train_problems], test=task.test[: config.num_eval_problems])
-    model, tokenizer = load_policy(config)
-    questions = [problem.question for problem in task.train + task.test]
-    prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
-    check(min(lengths) > 0, f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?")
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
-    fits = max(lengths) + config.max_completion_length <= room
-    check(fits, f"{max(lengths)} prompt tokens + max_completion_length exceed the {room} positions of the model")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    run = Run(config, task, dict(zip(questions, prompts, strict=True)), model, tokenizer, optimizer)
-    if config.resume and (output / "checkpoint.pt").exists():
-        load_checkpoint(run)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", dataclasses.asdict(config) | {"resume": False})
-    return run
+    # 5. Gradient steps.
+    groups, weight = rewards[:N].view(-1, G), config.scope_weight
+    objective = scope_rl.objective_table(groups, rewards[N:], weight, config.entropy_coef)
+    loss, norm, clip_fraction = update(run, samples, prompt.to(rewards.device), old_logprobs, objective)
+
+    run.step += 1
+    metrics = {
+        "step": run.step,
+        "reward": groups.mean().item(),  # share of the ordinary completions that are right
+        "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
+        "scope_temperature": T,
+        "scope_positive_frac": rewards[N:].mean().item() if M else 0.0,  # the reinforced ones
+        "loss": loss,  # -J, like the next two a mean over the step's mini-batches
+        "grad_norm": norm,  # before it was clipped
+        "clip_fraction": clip_fraction,  # tokens whose gradient the ratio's clip removed
+        "completion_length": samples.completion_mask[:N].sum(1).float().mean().item(),  # tokens
+        "truncated_frac": samples.truncated[:N].float().mean().item(),  # they have reward 0
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "rollout_seconds": rollout_seconds,
+        "update_seconds": time.perf_counter() - start - rollout_seconds,  # scoring included
+    }
+    rows = [0, N] if M else [0]
+    return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in rows]
 
 
 def control(run: Run) -> tuple[float, int]:
-    """T and N', the number of auxiliary samples, of this step. Moves the integral on."""
+    """T and N' of this step (T = 1 in the first); moves the integral on."""
     config = run.config
-    if config.algorithm == "grpo" or config.scope_share == 0:
+    if config.algorithm == "grpo" or config.scope_alpha == 0:
         return 1.0, 0
-    H = config.scope_target_entropy if run.entropy is None else run.entropy  # nothing known yet: T = 1
-    limits = {"minimum": config.scope_temperature_min, "maximum": config.scope_temperature_max}
-    factor = 1.0
-    if config.algorithm == "aepo":
-        temperature, factor = scope_rl.aepo_temperature(H, target=config.scope_target_entropy, **limits)
-    else:
-        temperature, run.integral = scope_rl.scope_temperature(
-            H, run.integral, target=config.scope_target_entropy, **limits, gain=config.scope_gain,
-            integral_gain=config.scope_integral_gain, integral_band=config.scope_integral_band,
-        )  # fmt: skip
-    return temperature, max(1, round(factor * config.scope_share * config.generation_batch_size))
+    T, run.integral = scope_rl.scope_temperature(
+        config.scope_target_entropy if run.entropy is None else run.entropy, run.integral,
+        target=config.scope_target_entropy, gain=config.scope_gain,
+        minimum=config.scope_temperature_min, maximum=config.scope_temperature_max,
+        integral_gain=config.scope_integral_gain, integral_band=config.scope_integral_band,
+    )  # fmt: skip
+    return T, max(1, round(config.scope_alpha * config.generation_batch_size))
 
 
 def choose_problems(problems: list[Problem], count: int, seed: int, step: int) -> list[Problem]:
-    """The `count` problems of a step: passes over all problems, each in its own random order, cut into steps."""
-    passes = [divmod(i, len(problems)) for i in range(step * count, (step + 1) * count)]
-    orders = {n: np.random.default_rng([seed, n]).permutation(len(problems)) for n in {n for n, _ in passes}}
-    return [problems[orders[n][i]] for n, i in passes]
+    """The `count` problems of a step: passes over all problems, each in its own random order."""
+    size, first = len(problems), step * count
+    passes = range(first // size, (first + count - 1) // size + 1)
+    orders = [np.random.default_rng([seed, number]).permutation(size) for number in passes]
+    order = np.concatenate(orders)[first - passes.start * size :]
+    return [problems[i] for i in order[:count]]
 
 
-def sample(run: Run, problems: list[Problem], temperatures: Tensor) -> tuple[rollout.Rollout, list[float]]:
-    """A completion of each problem at its temperature, and the rewards.
+def sample(run: Run, problems: list[Problem], temperatures: Tensor) -> tuple[Rollout, Tensor]:
+    """A completion of each problem at its temperature, and the rewards `[B]`.
 
     A truncated completion never gave its answer: it gets 0 whatever it says, and stays in the loss.
     """
+    run.model.eval()
     prompts = [run.prompts[problem.question] for problem in problems]
-    rollout.set_gradient_checkpointing(run.model, False)
-    with autocast(run):
-        samples = rollout.generate(run.model, run.tokenizer, prompts, temperatures, run.config.max_completion_length)
-    ended = (~samples.truncated).tolist()
-    return samples, [run.task.reward(p, text) * e for p, text, e in zip(problems, samples.texts, ended, strict=True)]
-
-
-def autocast(run: Run) -> torch.autocast:
-    """The precision of every forward pass, the same for sampling and for scoring."""
-    return torch.autocast(run.model.device.type, dtype=torch.bfloat16, enabled=run.config.bf16)
+    length = run.config.max_completion_length
+    samples = rollout.generate(run.model, run.tokenizer, prompts, temperatures, length)
+    answered = zip(problems, samples.texts, strict=True)
+    rewards = torch.tensor([run.task.reward(problem, text) for problem, text in answered])
+    return samples, rewards.to(run.model.device) * ~samples.truncated
 
 
 @torch.no_grad()
-def score_all(run: Run, samples: rollout.Rollout) -> tuple[Tensor, Tensor]:
-    """rollout.score of all samples in micro-batches, without gradients: `[B, T]` log-probabilities and entropies."""
+def score_all(run: Run, samples: Rollout) -> tuple[Tensor, Tensor]:
+    """`rollout.score` of all samples, a micro-batch at a time."""
     rows = torch.arange(len(samples.texts), device=run.model.device)
-    with autocast(run):
-        parts = [rollout.score(run.model, samples, r) for r in rows.split(run.config.per_device_train_batch_size)]
-    logprobs, entropies = zip(*parts, strict=True)
+    micro_batches = rows.split(run.config.per_device_train_batch_size)
+    scores = [rollout.score(run.model.eval(), samples, micro) for micro in micro_batches]
+    logprobs, entropies = zip(*scores, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def update(run: Run, samples: rollout.Rollout, prompt: Tensor, old_logprobs: Tensor, terms: dict[str, Tensor]) -> dict:
-    """Gradient steps on -J: one a mini-batch of prompts, accumulated over micro-batches of completions.
+def update(
+    run: Run, samples: Rollout, prompt: Tensor, old_logprobs: Tensor, objective: scope_rl.Objective
+) -> tuple[float, float, float]:
+    """Gradient steps on -J, one a mini-batch of prompts, accumulated over micro-batches.
 
-    Args:
-        prompt: `[B]`, which of the step's prompts a sample belongs to.
-        old_logprobs: `[B, T]`.
-        terms: advantages, weights and bonus_weights of `scope_loss`, each `[B]`.
-
-    Returns:
-        loss, grad_norm and clip_fraction, averaged over the mini-batches that had something to learn from.
+    `prompt` `[B]` says which prompt a sample belongs to; `old_logprobs` is `[B, S]`. Returns loss,
+    gradient norm and clip fraction: means over the mini-batches that had something to learn from.
     """
-    config, stats = run.config, []
-    useful = (terms["advantages"] * terms["weights"] != 0) | (terms["bonus_weights"] != 0)  # the rest has no gradient
-    clips = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
-    rollout.set_gradient_checkpointing(run.model, config.gradient_checkpointing)
+    config, model, stats = run.config, run.model.train(), []
+    warm_up = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
+    run.optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     for m in range(config.num_mini_batches):
-        rows = (useful & (prompt % config.num_mini_batches == m)).nonzero()[:, 0]
+        # The mini-batch: samples with a gradient, those of like length together (less padding).
+        rows = objective.has_gradient() & (prompt % config.num_mini_batches == m)
+        rows = rows.nonzero()[:, 0]
+        rows = rows[samples.lengths[rows].argsort(stable=True)]
         if len(rows) == 0:
             continue
-        rows = rows[samples.attention_mask[rows].sum(1).argsort(stable=True)]  # like lengths together: less padding
+
+        # Its loss and its gradient are sums over its micro-batches.
         loss, clipped = 0.0, 0.0
         for micro in rows.split(config.per_device_train_batch_size):
-            with autocast(run):
-                logprobs, entropies = rollout.score(run.model, samples, micro)  # [b, T]
-            mask, of_micro = samples.completion_mask[micro], {name: term[micro] for name, term in terms.items()}
-            part, part_clipped = scope_rl.scope_loss(
-                logprobs, old_logprobs[micro], entropies, mask, **of_micro, **clips
-            )
-            part.backward()
-            loss, clipped = loss + part.item(), clipped + part_clipped.item()
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient of step {run.step + 1} is not finite; try a lower learning_rate")
+            logprobs, entropies = rollout.score(model, samples, micro)  # [b, S]
+            micro_loss, micro_clipped = scope_rl.scope_loss(
+                logprobs, old_logprobs[micro], entropies, samples.completion_mask[micro],
+                objective.rows(micro), config.epsilon, config.epsilon_high,
+            )  # fmt: skip
+            micro_loss = micro_loss * config.num_mini_batches  # J is the mean over the whole step
+            micro_loss.backward()
+            loss, clipped = loss + micro_loss.detach(), clipped + micro_clipped
+
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not norm.isfinite():
+            reason = f"the gradient of step {run.step + 1} is not finite"
+            raise FloatingPointError(f"{reason}; try a lower learning_rate")
         run.optimizer.step()
         run.optimizer.zero_grad()
-        stats.append((loss, norm, clipped / samples.completion_mask[rows].sum().item()))
-    means = np.mean(stats, axis=0).tolist() if stats else [0.0, 0.0, 0.0]
-    return dict(zip(("loss", "grad_norm", "clip_fraction"), means, strict=True))
+        stats.append([loss.item(), norm.item(), (clipped / samples.completion_mask[rows].sum()).item()])
+    return tuple(np.mean(stats or [[0.0] * 3], axis=0).tolist())
 
 
-def train_step(run: Run) -> tuple[dict[str, float], list[str]]:
-    """One step: control, sample, reward, score, update. Returns its metrics, and lines that show two completions."""
-    config, start = run.config, time.perf_counter()
-    N, P, G = config.generation_batch_size, config.prompts_per_step, config.num_generations
-    torch.manual_seed(config.seed * 1_000_003 + run.step)
-    temperature, num_auxiliary = control(run)  # T, N'
-
-    # G ordinary completions of each prompt at temperature 1, then the auxiliary ones at T, spread over the prompts.
-    prompt = torch.cat([torch.arange(P).repeat_interleave(G), torch.arange(num_auxiliary) % P])  # [N + N']
-    chosen = choose_problems(run.task.train, P, config.seed, run.step)
-    problems = [chosen[p] for p in prompt.tolist()]
-    temperatures = torch.tensor([1.0] * N + [temperature] * num_auxiliary)  # [N + N']
-    samples, rewards = sample(run, problems, temperatures)
-    rewards = torch.tensor(rewards, device=run.model.device)  # [N + N']
-    rollout_seconds = time.perf_counter() - start
-
-    old_logprobs, entropies = score_all(run, samples)  # [N + N', T]
-    ordinary = samples.completion_mask[:N]
-    run.entropy = masked_mean(entropies[:N], ordinary).item()  # H(pi_old), of all ordinary tokens
-    alpha = num_auxiliary / N if config.algorithm == "aepo" else config.scope_weight
-    advantages, weights = scope_rl.advantages_and_weights(rewards[:N].view(P, G), rewards[N:], alpha)
-    if config.mask_truncated_completions:
-        weights = weights * ~samples.truncated
-    bonus_weights = torch.full_like(weights, config.entropy_coef / N)
-    bonus_weights[N:] = 0.0
-    M = config.num_mini_batches  # weights sum to 1 over the step, so to 1 / M over one of its M mini-batches
-    terms = {"advantages": advantages, "weights": weights * M, "bonus_weights": bonus_weights * M}
-    learning_rate = config.learning_rate * min(1.0, (run.step + 1) / max(1, config.warmup_steps))
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    stats = update(run, samples, prompt.to(rewards.device), old_logprobs, terms)
-
-    run.step += 1
-    seconds = time.perf_counter() - start
-    metrics = {
-        "step": run.step,
-        "reward": rewards[:N].mean().item(),
-        "entropy": run.entropy,
-        "scope_temperature": temperature,
-        "scope_positive_frac": rewards[N:].mean().item() if num_auxiliary else 0.0,
-        **stats,
-        "completion_length": ordinary.sum(1).float().mean().item(),
-        "truncated_frac": samples.truncated[:N].float().mean().item(),
-        "learning_rate": learning_rate,
-        "rollout_seconds": rollout_seconds,
-        "update_seconds": seconds - rollout_seconds,
-        "tokens_per_second": samples.completion_mask.sum().item() / seconds,
-    }
-    shown = [(0, 1.0), (N, temperature)][: 2 if num_auxiliary else 1]
-    line = "  T {:.2f}, reward {:.0f}: {!r:.100} -> {!r:.400}".format
-    return metrics, [line(T, rewards[i], problems[i].question, samples.texts[i]) for i, T in shown]
-
-
+# --- The run
 def evaluate(run: Run) -> dict[str, float]:
-    """Pass@1, Pass@k and distinct right answers a test problem, at temperature 1; always seeded alike."""
-    n, size, texts, rewards = run.config.num_eval_generations, run.config.per_device_eval_batch_size, [], []
+    """Pass@k and `distinct_correct`, the number of different right answers among the samples.
+
+    Means over the test problems, with samples at temperature 1 that are always seeded alike.
+    """
+    n, size = run.config.num_eval_generations, run.config.per_device_eval_batch_size
+    texts, rewards = [], []
     torch.manual_seed(0)
     problems = [problem for problem in run.task.test for _ in range(n)]
     for first in tqdm(range(0, len(problems), size), desc="evaluate", leave=False):
         batch = problems[first : first + size]
         samples, batch_rewards = sample(run, batch, torch.ones(len(batch)))
-        texts, rewards = texts + samples.texts, rewards + batch_rewards
+        texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
+
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
-    means = {f"pass@{k}": [reward.pass_at_k(n, int(sum(rewards[g])), k) for g in groups] for k in ks}
-    means["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
-    return {name: float(np.mean(values)) for name, values in means.items() if values}
+    means = {}
+    for k in (k for k in (1, 4, 16, 64, 256) if k <= n and groups):
+        passed = [reward.pass_at_k(n, int(sum(rewards[group])), k) for group in groups]
+        means[f"pass@{k}"] = float(np.mean(passed))
+    distinct = [reward.distinct_correct(texts[group], rewards[group]) for group in groups]
+    return means | ({"distinct_correct": float(np.mean(distinct))} if groups else {})
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then put it in place at once: a crash leaves the old file or the new one."""
+def train(run: Run) -> None:
+    """The whole run: evaluate, train, evaluate, save the model; a line of metrics every step."""
+    config, output = run.config, Path(run.config.output_dir)
+    what = f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}"
+    print(f"{what}, steps {run.step} to {config.max_steps}, into {config.output_dir}")
+    size = f"{run.model.num_parameters():,} parameters on {run.model.device}"
+    print(f"{size}, {len(run.task.train)} problems")
+    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {}
+    if not evaluations:
+        evaluations["before"] = evaluate(run)
+        write_whole(output / "eval.json", evaluations)
+    print(f"before: {summary(evaluations['before'])}")
+
+    with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
+        steps = range(run.step, config.max_steps)
+        bar = tqdm(steps, initial=run.step, total=config.max_steps, desc="train")
+        for step in bar:
+            metrics, shown = train_step(run)
+            metrics_file.write(json.dumps(metrics) + "\n")
+            on_the_bar = ("reward", "entropy", "scope_temperature")
+            bar.set_postfix_str(summary({name: metrics[name] for name in on_the_bar}))
+            if config.logging_steps and step % config.logging_steps == 0:
+                tqdm.write(f"step {run.step}")
+                for T, R, question, text in shown:
+                    tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
+            if run.step % config.save_steps == 0 or run.step == config.max_steps:
+                save_checkpoint(run)
+
+    evaluations["after"] = evaluate(run)
+    write_whole(output / "eval.json", evaluations)
+    run.model.save_pretrained(output / "model")
+    run.tokenizer.save_pretrained(output / "model")
+    print(f"after: {summary(evaluations['after'])}")
+    print(f"config, metrics, evaluations and the model are in {output}")
+
+
+def summary(values: dict[str, float]) -> str:
+    """Names and values in a line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+def set_up(config: Config) -> Run:
+    """Everything a run needs, its checkpoint if it resumes. Raises ValueError, and writes nothing,
+    if the input cannot work."""
+    output = Path(config.output_dir)
+    fresh = config.resume or not (output / "config.json").exists()
+    check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
+    if config.task == "gsm8k":
+        task = reward.question_answer(config.train_file, config.test_file)
+    else:
+        task = runpy.run_path(config.task)["task"](config)
+    train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
+    questions = [problem.question for problem in train + test]
+
+    options = config.bf16, config.gradient_checkpointing
+    model, tokenizer = rollout.load_policy(config.model, *options)
+    prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
+    empty = f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?"
+    check(min(lengths) > 0, empty)
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    too_long = f"{max(lengths)} prompt tokens + max_completion_length exceed the {room} positions"
+    check(max(lengths) + config.max_completion_length <= room, f"{too_long} of the model")
+
+    prompts = dict(zip(questions, prompts, strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
+    if config.resume and (output / "checkpoint.pt").exists():
+        load_checkpoint(run)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "config.json", vars(config) | {"resume": False})
+    return run
+
+
+# --- Files
+def write_whole(path: Path, content: dict) -> None:
+    """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file."""
     temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
+    if path.suffix == ".json":
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    else:
+        torch.save(content, temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def write_json(path: Path, value: dict) -> None:
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
-
-
 def save_checkpoint(run: Run) -> None:
-    """Weights, optimizer, and the state that steps hand on; schedule, data and random numbers follow from the step."""
+    """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
+    output = Path(run.config.output_dir)
     state = {"step": run.step, "entropy": run.entropy, "integral": run.integral}
-    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "state": state}
-    write_whole(Path(run.config.output_dir) / "checkpoint.pt", lambda temporary: torch.save(content, temporary))
+    state["metrics_bytes"] = (output / "metrics.jsonl").stat().st_size
+    weights, moments = run.model.state_dict(), run.optimizer.state_dict()
+    write_whole(output / "checkpoint.pt", {"model": weights, "optimizer": moments, "state": state})
 
 
 def load_checkpoint(run: Run) -> None:
-    """Restore what `save_checkpoint` wrote. Raises ValueError if the file is damaged or another model's."""
+    """Restore what `save_checkpoint` wrote. Raises ValueError for a damaged or a foreign file."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
     try:
-        content = torch.load(path, map_location=run.model.device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
-        run.step, run.entropy, run.integral = (content["state"][key] for key in ("step", "entropy", "integral"))
+        state = content["state"]
+        run.step, run.entropy, run.integral = state["step"], state["entropy"], state["integral"]
+        os.truncate(path.with_name("metrics.jsonl"), state["metrics_bytes"])  # rows after it go
     except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
-        raise ValueError(f"cannot resume from {path}: {(str(error) or repr(error)).splitlines()[0]}") from None
-
-
-def open_metrics(path: Path, steps: int):
-    """metrics.jsonl, open for appending, without the rows that a killed run wrote after its last checkpoint."""
-    rows = path.read_text().splitlines()[:steps] if path.exists() else []  # a row a step
-    write_whole(path, lambda temporary: temporary.write_text("".join(row + "\n" for row in rows)))
-    return open(path, "a", buffering=1)
-
-
-def announce(run: Run) -> None:
-    """Say in a few lines what is about to run, and where it departs from the published constants."""
-    config, published = dataclasses.asdict(run.config), dataclasses.asdict(Config())
-    print(
-        "preset {preset}: {algorithm} on {task}, steps {0} to {max_steps}, into {output_dir}".format(run.step, **config)
-    )
-    print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
-    ours = {name: value for name, value in config.items() if name.startswith("scope_") and value != published[name]}
-    if ours and run.config.algorithm == "scope":
-        print("not the published constants:", ", ".join(f"{name} {value:g}" for name, value in ours.items()))
-
-
-def train(run: Run) -> None:
-    """The whole run: evaluate, train, evaluate, save the model; every step's metrics on the way."""
-    config, output = run.config, Path(run.config.output_dir)
-    announce(run)
-    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {}
-    if not evaluations:
-        evaluations["before"] = evaluate(run)
-        write_json(output / "eval.json", evaluations)
-    summary = lambda when: ", ".join(f"{name} {value:.3f}" for name, value in evaluations[when].items())  # noqa: E731
-    print(f"before: {summary('before')}")
-    with open_metrics(output / "metrics.jsonl", run.step) as metrics_file:
-        bar = tqdm(range(run.step, config.max_steps), initial=run.step, total=config.max_steps, desc="train")
-        for step in bar:
-            metrics, lines = train_step(run)
-            metrics_file.write(json.dumps(metrics) + "\n")
-            bar.set_postfix_str(
-                "reward {reward:.2f}, entropy {entropy:.3f}, T {scope_temperature:.2f}".format(**metrics)
-            )
-            if config.logging_steps and step % config.logging_steps == 0:
-                tqdm.write("\n".join([f"step {run.step}", *lines]))
-            if run.step % config.save_steps == 0 or run.step == config.max_steps:
-                save_checkpoint(run)
-    evaluations["after"] = evaluate(run)
-    write_json(output / "eval.json", evaluations)
-    run.model.save_pretrained(output / "model")
-    run.tokenizer.save_pretrained(output / "model")
-    print(f"after: {summary('after')}\nconfig, metrics, evaluations and the model are in {output}")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"cannot resume from {path}: {reason}") from None
 
 
 def main() -> None:
@@ -536,9 +459,8 @@ def main() -> None:
     try:
         train(run)
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        sys.exit(
-            f"stopped: {stop or 'by hand'}\nto go on: python train.py --resume --output_dir {run.config.output_dir}"
-        )
+        hint = f"python train.py --resume --output_dir {run.config.output_dir}"
+        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {hint}")
 
 
 if __name__ == "__main__":

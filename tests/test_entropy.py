@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy import entropy_temperature_derivative, logprobs_and_entropies, masked_mean, token_entropy
+from entropy import (
+    entropy_temperature_derivative,
+    logprobs_and_entropies,
+    masked_mean,
+    token_entropy,
+)
 
 
 def test_entropy_of_known_distributions():
@@ -14,14 +19,18 @@ def test_entropy_of_known_distributions():
     assert token_entropy(torch.tensor([1000.0, 0.0, -1000.0])).item() == 0.0  # certain, with huge logits
     p = torch.tensor([0.5, 0.25, 0.25])
     assert token_entropy(p.log()).item() == pytest.approx(1.5 * math.log(2))
-    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(1.5 * math.log(2))  # T undoes the factor
+    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(
+        1.5 * math.log(2)
+    )  # T undoes the factor
 
 
 def test_entropy_at_a_temperature_per_distribution():
     logits, T = torch.randn(5, 11), torch.tensor([0.1, 0.5, 1.0, 2.0, 10.0])
     p = (logits.double() / T.double()[:, None]).exp()
     p = p / p.sum(-1, keepdim=True)
-    torch.testing.assert_close(token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -31,7 +40,9 @@ def test_temperature_derivative_against_autograd_and_finite_differences(scale):
     T.requires_grad_()
     (by_autograd,) = torch.autograd.grad(token_entropy(logits, T).sum(), T)
     h = 1e-5
-    by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (2 * h)
+    by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (
+        2 * h
+    )
     closed_form = entropy_temperature_derivative(logits, T.detach())
     assert (closed_form >= 0).all()
     torch.testing.assert_close(closed_form, by_autograd, atol=1e-12, rtol=1e-9)
@@ -55,7 +66,11 @@ def test_chunked_scoring_equals_float64_log_softmax(chunk_size):
         log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
         return log_p[torch.arange(N), tokens], -(log_p.exp() * log_p).sum(-1)
 
-    ours = run(hidden, weight, lambda h, w: logprobs_and_entropies(h, lambda x: x @ w.T, tokens, chunk_size))
+    ours = run(
+        hidden,
+        weight,
+        lambda h, w: logprobs_and_entropies(h, lambda x: x @ w.T, tokens, chunk_size),
+    )
     expected = run(hidden.double(), weight.double(), reference)
     for got, wanted in zip(ours, expected, strict=True):
         assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max())
@@ -90,7 +105,9 @@ def test_half_precision_logits_are_raised_to_float32():
 
 
 def test_masked_mean_ignores_what_is_masked_even_nan():
-    values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
+    values = torch.tensor(
+        [[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True
+    )
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     per_row = masked_mean(values, mask, dim=1)
     assert per_row.tolist() == [2.0, 5.0, 0.0]

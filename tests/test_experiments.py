@@ -25,7 +25,12 @@ def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
         if arguments[0].startswith("@"):
             variant = arguments.pop(0)[1:]
             assert variant in experiments.VARIANTS
-        configs.add((variant, str(train.parse_config(["--preset", "tiny", "--output_dir", "x", *arguments]))))
+        configs.add(
+            (
+                variant,
+                str(train.parse_config(["--preset", "tiny", "--output_dir", "x", *arguments])),
+            )
+        )
     assert len(configs) == len(experiments.EXPERIMENTS[experiment])
 
 
@@ -43,9 +48,14 @@ def test_variants_against_their_definitions_sample_by_sample():
         for j, right in enumerate(auxiliary.tolist()):
             group = rewards[j % 3].tolist()
             spread = math.sqrt(sum((r - sum(group) / 4) ** 2 for r in group) / 4) + 1e-4
-            expected = {"both_signs": 1.0 if right else -1.0, "group_normalised": right * (1 - sum(group) / 4) / spread}
+            expected = {
+                "both_signs": 1.0 if right else -1.0,
+                "group_normalised": right * (1 - sum(group) / 4) / spread,
+            }
             assert A[N + j] == pytest.approx(expected.get(name, right), rel=1e-5)
-            assert w[N + j] == pytest.approx(alpha / 3 if name == "mean_over_positives" else usual_w[N + j])
+            assert w[N + j] == pytest.approx(
+                alpha / 3 if name == "mean_over_positives" else usual_w[N + j]
+            )
     nothing = experiments.VARIANTS["mean_over_positives"](rewards, torch.zeros(5), alpha)
     assert all(torch.isfinite(x).all() for x in nothing)
 
@@ -56,9 +66,20 @@ def test_intervals_and_paired_differences(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results.jsonl")
     assert experiments.cells("control") == {}
     monkeypatch.setitem(experiments.EXPERIMENTS, "two", {"A": "a", "B": "b", "none yet": "c"})
-    values = {"a": {0: 0.1, 1: 0.5, 2: 0.9}, "b": {0: 0.2, 1: 0.6, 3: 0.0}}  # seeds differ a lot, B - A hardly
+    values = {
+        "a": {0: 0.1, 1: 0.5, 2: 0.9},
+        "b": {0: 0.2, 1: 0.6, 3: 0.0},
+    }  # seeds differ a lot, B - A hardly
     rows = [
-        {"options": o, "seed": s, "pass@1": v, "entropy": 0.3, "target": 0.4, "oscillation": 0.0, "entropies": [v, v]}
+        {
+            "options": o,
+            "seed": s,
+            "pass@1": v,
+            "entropy": 0.3,
+            "target": 0.4,
+            "oscillation": 0.0,
+            "entropies": [v, v],
+        }
         for o, cell in values.items()
         for s, v in cell.items()
     ]
@@ -89,9 +110,15 @@ def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():
     assert sorted(map(len, lines)) == [5] * 10 + [7] * 10
     for line in lines:
         sign, temperature = line[0].strip().split(", ")
-        for (name, probe), shown, predicted in zip(columns[len(line)], line[1::2], line[2::2], strict=True):
-            rows = [json.loads(row) for row in (theory / f"asymmetry-{name}.jsonl").read_text().splitlines()]
-            rows = [row for row in rows if (row["sign"], row["temperature"]) == (sign, float(temperature))]
+        for (name, probe), shown, predicted in zip(
+            columns[len(line)], line[1::2], line[2::2], strict=True
+        ):
+            rows = [
+                json.loads(row) for row in (theory / f"asymmetry-{name}.jsonl").read_text().splitlines()
+            ]
+            rows = [
+                row for row in rows if (row["sign"], row["temperature"]) == (sign, float(temperature))
+            ]
             if len(rows) < 8:
                 assert shown.strip() == f"({len(rows)} of 8 draws)"
                 continue
@@ -116,7 +143,9 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
 def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path / "folder")
     experiments.write_sums()
-    problems = {split: reward.load_problems(experiments.WORK / f"{split}.jsonl") for split in ("train", "test")}
+    problems = {
+        split: reward.load_problems(experiments.WORK / f"{split}.jsonl") for split in ("train", "test")
+    }
     assert not set(problems["train"]) & set(problems["test"])
     for question, answer in problems["train"] + problems["test"]:
         a, b = question.removesuffix("=").split("+")
@@ -137,17 +166,28 @@ def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatc
 @pytest.fixture
 def small_run(model_folder, tmp_path, monkeypatch):
     """A function that sets up a run of one gradient step a step, at a learning rate."""
-    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2))
+    monkeypatch.setattr(
+        reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2)
+    )
     monkeypatch.setattr(closed_loop, "SAMPLES", 96)
     options = "--preset tiny --generation_batch_size 32 --num_generations 4 --num_mini_batches 1 --warmup_steps 0"
 
     def make(learning_rate: float) -> train.Run:
         torch.manual_seed(0)
         folder = tmp_path / f"run {learning_rate}"
-        own = ["--model", str(model_folder), "--output_dir", str(folder), "--learning_rate", str(learning_rate)]
+        own = [
+            "--model",
+            str(model_folder),
+            "--output_dir",
+            str(folder),
+            "--learning_rate",
+            str(learning_rate),
+        ]
         run = train.set_up(train.parse_config([*options.split(), *own]))
         # <pad>'s embedding starts as 0, where RMSNorm has a kink, and a random model does sample <pad>
-        torch.nn.init.normal_(run.model.get_input_embeddings().weight.data[run.tokenizer.pad_token_id], std=0.3)
+        torch.nn.init.normal_(
+            run.model.get_input_embeddings().weight.data[run.tokenizer.pad_token_id], std=0.3
+        )
         return run
 
     return make

@@ -57,14 +57,22 @@ def test_countdown_has_about_a_thousand_right_answers():
     for n in (4, 5):
         digits = np.array(list(itertools.product(range(1, 10), repeat=n)))
         signs = np.array([(1, *s) for s in itertools.product((1, -1), repeat=n - 1)])
-        values[n], counts[n] = digits @ signs.T, np.stack([(digits == d).sum(1) for d in range(10)], axis=1)
+        values[n], counts[n] = (
+            digits @ signs.T,
+            np.stack([(digits == d).sum(1) for d in range(10)], axis=1),
+        )
     totals, bounds = [], []
     for problem in reward.countdown(0, 60, seed=0).test:
         given = Counter(problem.question.split(":")[0].split(","))
         needed = np.array([given[str(d)] for d in range(10)])
-        right = {n: ((values[n] == int(problem.answer)) & (counts[n] >= needed).all(1)[:, None]).sum() for n in (4, 5)}
+        right = {
+            n: ((values[n] == int(problem.answer)) & (counts[n] >= needed).all(1)[:, None]).sum()
+            for n in (4, 5)
+        }
         totals.append(right[4] + right[5])
-        bounds.append(np.log(totals[-1]) * totals[-1] / (8 * right[4] + 10 * right[5]))  # tokens, the end included
+        bounds.append(
+            np.log(totals[-1]) * totals[-1] / (8 * right[4] + 10 * right[5])
+        )  # tokens, the end included
     assert 800 < np.median(totals) < 1500
     assert 0.65 < np.median(bounds) < 0.75
 
@@ -112,10 +120,14 @@ def test_final_answer_takes_the_mark_before_the_box_before_the_last_number():
 
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", reward.cache_dir()))
-GSM8K_FILES = {s: next((p for p in GSM8K.glob(f"*{s}.jsonl") if "gsm8k" in str(p)), None) for s in ("train", "test")}
+GSM8K_FILES = {
+    s: next((p for p in GSM8K.glob(f"*{s}.jsonl") if "gsm8k" in str(p)), None) for s in ("train", "test")
+}
 
 
-@pytest.mark.skipif(None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR")
+@pytest.mark.skipif(
+    None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR"
+)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_gold_answer_of_gsm8k_is_right_for_itself_and_wrong_for_the_next(split):
     path = GSM8K_FILES[split]
@@ -182,7 +194,9 @@ def test_bad_data_files_are_named_in_one_line(tmp_path, content, message):
 
 def test_data_files_of_ones_own(tmp_path):
     path = tmp_path / "data.jsonl"
-    rows = [{"question": f"q{i}\u2028", "answer": i if i % 2 else f"because\n#### {i}"} for i in range(20)]
+    rows = [
+        {"question": f"q{i}\u2028", "answer": i if i % 2 else f"because\n#### {i}"} for i in range(20)
+    ]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     task = reward.question_answer(str(path), None)
     assert [len(task.train), len(task.test)] == [18, 2]

@@ -11,7 +11,13 @@ import rollout
 from entropy import token_entropy
 
 QWEN3_DEFAULTS = GenerationConfig(
-    do_sample=True, temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.5, min_p=0.2, suppress_tokens=[3]
+    do_sample=True,
+    temperature=0.6,
+    top_k=20,
+    top_p=0.95,
+    repetition_penalty=1.5,
+    min_p=0.2,
+    suppress_tokens=[3],
 )
 
 
@@ -36,7 +42,9 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
         model.generation_config = own_defaults
     n, temperatures = 4000, (0.8, 1.0, 1.2)
     per_row = torch.tensor(temperatures).repeat(n)
-    samples = rollout.generate(model, tokenizer, ["1+2="] * len(per_row), per_row, max_completion_length=2)
+    samples = rollout.generate(
+        model, tokenizer, ["1+2="] * len(per_row), per_row, max_completion_length=2
+    )
     V = len(tokenizer)
 
     logits = model(tokenizer("1+2=", return_tensors="pt").input_ids).logits[0, -1]
@@ -59,9 +67,19 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
 
 def gpt2(tokenizer):
     """A random model with learned absolute positions (Qwen3's are relative, and hide a mistake in position ids)."""
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, **ids
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        **ids,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -72,7 +90,9 @@ def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer, arc
     model = random_model() if architecture == "qwen3" else gpt2(tokenizer)
     rollout.prepare_policy(model)
     prompts = ["1+2=", "1,2,3:45=", "7="]
-    samples = rollout.generate(model, tokenizer, prompts * 4, torch.full((12,), 1.5), max_completion_length=9)
+    samples = rollout.generate(
+        model, tokenizer, prompts * 4, torch.full((12,), 1.5), max_completion_length=9
+    )
     logprobs, entropies = rollout.score(model, samples, torch.arange(12))
     lengths = samples.completion_mask.sum(1)
     assert len(set(lengths.tolist())) > 2  # the case is worth testing
@@ -81,10 +101,14 @@ def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer, arc
         logits = model(ids).logits[0].double()[-lengths[i] - 1 : -1]
         wanted = torch.log_softmax(logits, -1).gather(1, ids[0, -lengths[i] :, None])[:, 0]
         torch.testing.assert_close(logprobs[i, : lengths[i]].double(), wanted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(entropies[i, : lengths[i]].double(), token_entropy(logits), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            entropies[i, : lengths[i]].double(), token_entropy(logits), atol=1e-5, rtol=0
+        )
         assert not logprobs[i, lengths[i] :].any()
         seen = []
-        handle = model.get_input_embeddings().register_forward_hook(lambda *args, seen=seen: seen.append(args[2]))
+        handle = model.get_input_embeddings().register_forward_hook(
+            lambda *args, seen=seen: seen.append(args[2])
+        )
         alone, _ = rollout.score(model, samples, torch.tensor([i]))
         handle.remove()
         assert seen[0].shape[:2] == ids.shape  # every column of padding is gone
@@ -97,7 +121,10 @@ class Scripted:
     device = torch.device("cpu")
 
     def __init__(self, completions, ends):
-        self.completions, self.generation_config = torch.tensor(completions), GenerationConfig(eos_token_id=ends)
+        self.completions, self.generation_config = (
+            torch.tensor(completions),
+            GenerationConfig(eos_token_id=ends),
+        )
 
     def generate(self, input_ids, attention_mask, logits_processor):
         return torch.cat([input_ids, self.completions], dim=1)
@@ -128,7 +155,9 @@ def test_completion_masks_go_by_position(tokenizer):
 def test_generation_config_is_restored_and_pad_may_be_missing(random_model, tokenizer):
     model = random_model()
     model.generation_config = QWEN3_DEFAULTS
-    without_pad = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    without_pad = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>"
+    )
     samples = rollout.generate(model, without_pad, ["1+2=", "1="], torch.ones(2), 3)
     assert model.generation_config is QWEN3_DEFAULTS
     assert samples.attention_mask[:, :4].sum(1).tolist() == [4, 2]
@@ -181,7 +210,9 @@ def test_under_autocast_sampling_and_scoring_share_float32_logits(random_model, 
     assert any((x.bfloat16().float() != x).any() for x in seen)  # not rounded
     tokens = samples.sequences[:, -len(seen) :]
     log_p = [torch.log_softmax(scores, -1) for scores in seen]
-    sampled_from = torch.stack([x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(log_p)], dim=1)
+    sampled_from = torch.stack(
+        [x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(log_p)], dim=1
+    )
     gap = (sampled_from - logprobs).abs()[samples.completion_mask]
     assert gap.max() < 0.1  # bfloat16 inside the layers, once with a cache and once without
 
@@ -196,8 +227,14 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused():
 
 
 def test_prompts_with_and_without_a_chat_template(tokenizer):
-    assert rollout.format_prompts(tokenizer, ["1,2,3:4="], "Do this.") == ["1,2,3:4="]  # the tiny model's own template
-    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
+    assert rollout.format_prompts(tokenizer, ["1,2,3:4="], "Do this.") == [
+        "1,2,3:4="
+    ]  # the tiny model's own template
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>"
+    )
     assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["<s>Why?\n\nDo this.\n"]
-    plain.chat_template = "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
+    plain.chat_template = (
+        "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
+    )
     assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["no thoughts Why?\n\nDo this.|"]

@@ -17,7 +17,9 @@ from scope_rl import (
 P, G, A, T = 4, 6, 5, 7  # prompts, completions each, auxiliary samples, tokens
 
 
-def reference_objective(logprobs, old, entropies, lengths, rewards, auxiliary_rewards, alpha, eps, eps_high, coef):
+def reference_objective(
+    logprobs, old, entropies, lengths, rewards, auxiliary_rewards, alpha, eps, eps_high, coef
+):
     """J of METHOD's equations in plain Python: no masks, no weights, one scalar at a time."""
 
     def mean_over_tokens(i, advantage):
@@ -25,7 +27,9 @@ def reference_objective(logprobs, old, entropies, lengths, rewards, auxiliary_re
         for t in range(lengths[i]):
             r = (logprobs[i, t] - old[i, t]).exp()
             clipped = min(max(r.item(), 1 - eps), 1 + eps_high)
-            total = total + (r * advantage if r.item() * advantage <= clipped * advantage else clipped * advantage)
+            total = total + (
+                r * advantage if r.item() * advantage <= clipped * advantage else clipped * advantage
+            )
         return total / int(lengths[i])
 
     J = 0.0
@@ -52,14 +56,23 @@ def random_batch(seed=0):
     lengths[0], lengths[1] = 1, T  # a completion of one token, and one without padding
     rewards = torch.randint(2, (P, G), generator=generator).double()
     rewards[0] = 1.0  # all equal: no advantage
-    return logprobs, old, entropies, lengths, rewards, torch.randint(2, (A,), generator=generator).double()
+    return (
+        logprobs,
+        old,
+        entropies,
+        lengths,
+        rewards,
+        torch.randint(2, (A,), generator=generator).double(),
+    )
 
 
 def our_loss(batch, rows=None, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
     logprobs, old, entropies, lengths, rewards, auxiliary_rewards = batch
     mask = torch.arange(T) < lengths[:, None]
     advantages, weights = advantages_and_weights(rewards, auxiliary_rewards, alpha)
-    bonus = torch.tensor([coef / (P * G)] * (P * G) + [0.0] * len(auxiliary_rewards), dtype=torch.float64)
+    bonus = torch.tensor(
+        [coef / (P * G)] * (P * G) + [0.0] * len(auxiliary_rewards), dtype=torch.float64
+    )
     rows = slice(None) if rows is None else rows
     old = torch.where(mask, old, math.nan)  # whatever stands in the padding must not matter
     return scope_loss(
@@ -76,7 +89,8 @@ def our_loss(batch, rows=None, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"eps_high": 0.28}, {"coef": 0.1}, {"alpha": 0.0}, {"alpha": 1 / 64, "eps": 0.1}]
+    "options",
+    [{}, {"eps_high": 0.28}, {"coef": 0.1}, {"alpha": 0.0}, {"alpha": 1 / 64, "eps": 0.1}],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_equal_the_loop(seed, options):
@@ -99,7 +113,8 @@ def test_micro_batches_add_up_to_the_batch():
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-12)
     assert sum(clipped for _, clipped in parts) == whole_clipped
     gradients = [
-        torch.autograd.grad(loss, batch[0], retain_graph=True)[0] for loss in (whole, sum(p[0] for p in parts))
+        torch.autograd.grad(loss, batch[0], retain_graph=True)[0]
+        for loss in (whole, sum(p[0] for p in parts))
     ]
     torch.testing.assert_close(*gradients, atol=1e-15, rtol=1e-12)
 
@@ -139,9 +154,13 @@ def test_batches_with_nothing_to_learn_from_are_zero_and_finite():
 
 
 def test_group_advantages():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0]])
+    rewards = torch.tensor(
+        [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0]]
+    )
     advantages = group_advantages(rewards)
-    assert advantages[0, 0].item() == pytest.approx(math.sqrt(3), rel=1e-3)  # sqrt((1 - p) / p) at p = 1/4
+    assert advantages[0, 0].item() == pytest.approx(
+        math.sqrt(3), rel=1e-3
+    )  # sqrt((1 - p) / p) at p = 1/4
     assert advantages[0, 1].item() == pytest.approx(-math.sqrt(1 / 3), rel=1e-3)
     assert not advantages[1:3].any()  # all equal
     torch.testing.assert_close(advantages.sum(1), torch.zeros(4), atol=1e-6, rtol=0)
@@ -149,7 +168,8 @@ def test_group_advantages():
 
 
 @pytest.mark.parametrize(
-    ("entropy", "expected"), [(0.5, 1.0), (0.4, 1.1), (0.1, 1.2), (0.0, 1.2), (0.65, 0.85), (0.9, 0.8), (3.0, 0.8)]
+    ("entropy", "expected"),
+    [(0.5, 1.0), (0.4, 1.1), (0.1, 1.2), (0.0, 1.2), (0.65, 0.85), (0.9, 0.8), (3.0, 0.8)],
 )
 def test_the_published_temperature_rule(entropy, expected):
     temperature, integral = scope_temperature(entropy, 0.0, target=0.5)
@@ -162,7 +182,13 @@ def settle(gain, integral_gain, balance, start=0.9, target=0.4, steps=3000):
     H, integral = start, 0.0
     for _ in range(steps):
         T, integral = scope_temperature(
-            H, integral, target=target, minimum=0.5, maximum=1.5, gain=gain, integral_gain=integral_gain
+            H,
+            integral,
+            target=target,
+            minimum=0.5,
+            maximum=1.5,
+            gain=gain,
+            integral_gain=integral_gain,
         )
         H = max(0.0, H + 0.02 * (T - balance))
     return H
@@ -170,7 +196,9 @@ def settle(gain, integral_gain, balance, start=0.9, target=0.4, steps=3000):
 
 @pytest.mark.parametrize(("gain", "balance"), [(2.0, 1.1), (2.0, 1.3), (4.0, 1.3), (1.0, 0.95)])
 def test_the_rule_rests_at_the_predicted_offset_and_the_integral_removes_it(gain, balance):
-    assert settle(gain, 0.0, balance) == pytest.approx(0.4 - (balance - 1) / gain, abs=1e-3)  # H0 - (T* - 1) / gain
+    assert settle(gain, 0.0, balance) == pytest.approx(
+        0.4 - (balance - 1) / gain, abs=1e-3
+    )  # H0 - (T* - 1) / gain
     if abs(balance - 1) / gain < 0.1:  # the offset lies within the band where the integral runs
         assert settle(gain, 0.05, balance) == pytest.approx(0.4, abs=1e-3)
 

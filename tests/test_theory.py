@@ -61,13 +61,19 @@ def entropy_change(z, step):
 def test_first_order_changes_equal_enumeration_and_autograd(cases):
     for z, w, T in cases:
         step, mass = enumerated_step(z, w, T)
-        torch.testing.assert_close(cf.dh_positive(z, w, T), entropy_change(z, step / mass[:, None]), **CLOSE)
-        torch.testing.assert_close(cf.dh_negative(z, w, T), entropy_change(z, -step / mass[:, None]), **CLOSE)
+        torch.testing.assert_close(
+            cf.dh_positive(z, w, T), entropy_change(z, step / mass[:, None]), **CLOSE
+        )
+        torch.testing.assert_close(
+            cf.dh_negative(z, w, T), entropy_change(z, -step / mass[:, None]), **CLOSE
+        )
         torch.testing.assert_close(cf.dh_objective(z, w, T), entropy_change(z, step), **CLOSE)
         g, gbar = cf.sensitivity(z)
         p = torch.softmax(z, -1)
         torch.testing.assert_close(gbar, cf.covariance(p, p, p.log()), **CLOSE)  # gbar = Cov_p(p, log p)
-        torch.testing.assert_close(g.sum(-1), torch.zeros_like(gbar), **CLOSE)  # logits shifted together change nothing
+        torch.testing.assert_close(
+            g.sum(-1), torch.zeros_like(gbar), **CLOSE
+        )  # logits shifted together change nothing
 
 
 def test_normalised_change_equals_grpos_own_advantage(cases):
@@ -79,7 +85,9 @@ def test_normalised_change_equals_grpos_own_advantage(cases):
         advantage = (1 - P) / (P * (1 - P)).sqrt()  # (R - mean) / std at R = 1
         keep = (P > 1e-6) & (P < 1 - 1e-6)
         by_autograd = entropy_change(z, advantage[:, None] * step)
-        torch.testing.assert_close(cf.dh_normalised(z, w, T)[keep], by_autograd[keep], atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(
+            cf.dh_normalised(z, w, T)[keep], by_autograd[keep], atol=1e-9, rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["positive", "objective", "normalised"])
@@ -171,7 +179,10 @@ def test_the_step_scales_the_change_and_moves_no_crossing(cases):
     direction = cf.sampled(z, w, T) - torch.softmax(z, -1)
     for alpha in (1 / 64, 1.0, 4.0):
         torch.testing.assert_close(
-            entropy_change(z, alpha * direction), alpha * cf.dh_positive(z, w, T), atol=1e-9, rtol=1e-6
+            entropy_change(z, alpha * direction),
+            alpha * cf.dh_positive(z, w, T),
+            atol=1e-9,
+            rtol=1e-6,
         )
 
 
@@ -187,7 +198,10 @@ def test_full_reward_bounds_the_entropy_a_token():
             below = torch.tensor([a.startswith(prefix) for a in answers])
             following = sorted({(a + "$")[len(prefix)] for a in answers if a.startswith(prefix)})
             chance = torch.stack(
-                [sum(q for a, q in zip(answers, p, strict=True) if (a + "$").startswith(prefix + c)) for c in following]
+                [
+                    sum(q for a, q in zip(answers, p, strict=True) if (a + "$").startswith(prefix + c))
+                    for c in following
+                ]
             )
             mass = p[below].sum()
             total += (mass * token_entropy((chance / mass).log())).item()
@@ -198,16 +212,29 @@ def test_full_reward_bounds_the_entropy_a_token():
 
 
 def test_degenerate_policies_are_finite_and_right():
-    flat, one = torch.zeros(5, dtype=torch.float64), torch.tensor([0.0, 1, 0, 0, 0], dtype=torch.float64)
+    flat, one = (
+        torch.zeros(5, dtype=torch.float64),
+        torch.tensor([0.0, 1, 0, 0, 0], dtype=torch.float64),
+    )
     every = torch.ones(5, dtype=torch.float64)
     for T in (1e-3, 1.0, 1e6):
-        assert cf.dh_positive(flat, one, T).item() == pytest.approx(0.0, abs=1e-15)  # a uniform policy is at its peak
+        assert cf.dh_positive(flat, one, T).item() == pytest.approx(
+            0.0, abs=1e-15
+        )  # a uniform policy is at its peak
         assert cf.dh_positive_dt(flat, one, T).item() == 0.0
     z = torch.tensor([3.0, 2.0, 1.0, 0.5, -1.0], dtype=torch.float64)
-    assert cf.dh_positive(z, every, 1.0).item() == pytest.approx(0.0, abs=1e-15)  # all right at T = 1: q = p
+    assert cf.dh_positive(z, every, 1.0).item() == pytest.approx(
+        0.0, abs=1e-15
+    )  # all right at T = 1: q = p
     for logits in (z, z * 1e3, torch.tensor([1e3, -1e3, 0.0, 1.0, 2.0], dtype=torch.float64)):
         for w, T in itertools.product((one, every), (1e-3, 1.0, 1e6)):
-            for f in (cf.dh_positive, cf.dh_positive_dt, cf.dh_objective, cf.dh_objective_dt, cf.dh_negative):
+            for f in (
+                cf.dh_positive,
+                cf.dh_positive_dt,
+                cf.dh_objective,
+                cf.dh_objective_dt,
+                cf.dh_negative,
+            ):
                 assert math.isfinite(f(logits, w, T).item())
     assert cf.sampled(z, every, 1e-3)[0].item() == pytest.approx(1.0)  # cold: the likeliest
     torch.testing.assert_close(
@@ -218,7 +245,14 @@ def test_degenerate_policies_are_finite_and_right():
 
 
 def test_verify_as_a_command():
-    command = [sys.executable, Path(__file__).parents[1] / "theory" / "verify.py", "--cases", "5000", "--seed", "4"]
+    command = [
+        sys.executable,
+        Path(__file__).parents[1] / "theory" / "verify.py",
+        "--cases",
+        "5000",
+        "--seed",
+        "4",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "5,000 policies, seed 4" in result.stdout

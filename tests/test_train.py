@@ -30,7 +30,9 @@ SMALL = shlex.split(
 @pytest.fixture(autouse=True)
 def easy_countdown(monkeypatch):
     """A reward that a random model earns half of the time, so that there is something to learn."""
-    monkeypatch.setattr(reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2))
+    monkeypatch.setattr(
+        reward, "countdown_reward", lambda problem, completion: float(len(completion) % 2)
+    )
 
 
 @pytest.fixture
@@ -58,16 +60,34 @@ def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
     assert train.parse_config(["--model", "x"]).preset == "laptop"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = train.parse_config([])
-    assert (config.preset, config.model, config.task, config.bf16) == ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "gsm8k", True)
+    assert (config.preset, config.model, config.task, config.bf16) == (
+        "qwen3-0.6b",
+        "Qwen/Qwen3-0.6B",
+        "gsm8k",
+        True,
+    )
     # The published constants, where no preset departs from them.
-    assert (config.scope_target_entropy, config.scope_share, config.scope_weight) == (0.5, 1 / 64, 1 / 64)
-    assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
+    assert (config.scope_target_entropy, config.scope_share, config.scope_weight) == (
+        0.5,
+        1 / 64,
+        1 / 64,
+    )
+    assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (
+        0.8,
+        1.2,
+        1.0,
+    )
     assert train.parse_config(["--scope_alpha", "0.5"]).scope_share == 0.5
     assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
     # A resumed run keeps its config but for what the command line says.
     (tmp_path / "config.json").write_text(json.dumps({"preset": "tiny", "epsilon": 0.3, "max_steps": 7}))
     config = train.parse_config(["--resume", "--output_dir", str(tmp_path), "--max_steps", "9"])
-    assert (config.preset, config.epsilon, config.max_steps, config.resume) == ("tiny", 0.3, 9, True)
+    assert (config.preset, config.epsilon, config.max_steps, config.resume) == (
+        "tiny",
+        0.3,
+        9,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +153,10 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     for name, value in finished.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids == finished.tokenizer("1+2=").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids
+        == finished.tokenizer("1+2=").input_ids
+    )
 
     run([*arguments, "--output_dir", str(tmp_path / "again")])
     assert metrics_of(tmp_path / "again") == metrics_of(folder)
@@ -143,7 +166,9 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
 
 def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(30)))
+    data.write_text(
+        "".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(30))
+    )
     finished = run([*arguments, "--task", "gsm8k", "--train_file", str(data)])
     assert [len(finished.task.train), len(finished.task.test)] == [12, 3]
     assert len(metrics_of(tmp_path / "run")) == 4
@@ -151,7 +176,9 @@ def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
 
 def test_the_instruction_is_the_tasks_or_ones_own(arguments, tmp_path, monkeypatch):
     asked, format_prompts = [], rollout.format_prompts
-    monkeypatch.setattr(rollout, "format_prompts", lambda *given: asked.append(given[2]) or format_prompts(*given))
+    monkeypatch.setattr(
+        rollout, "format_prompts", lambda *given: asked.append(given[2]) or format_prompts(*given)
+    )
     for more in ([], ["--instruction", "Be brief."]):
         train.set_up(train.parse_config([*arguments, *more]))
         (tmp_path / "run" / "config.json").unlink()
@@ -162,25 +189,42 @@ def test_seeds_sample_differently_from_the_same_prompts(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1+1=", "answer": 2}\n')
     more = ["--task", "gsm8k", "--train_file", str(data), "--test_file", str(data)]
-    first, second = (after_one_step(arguments, tmp_path / seed, *more, "--seed", seed)[1] for seed in "01")
+    first, second = (
+        after_one_step(arguments, tmp_path / seed, *more, "--seed", seed)[1] for seed in "01"
+    )
     assert first["entropy"] != second["entropy"]
 
 
 def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
     """SIGKILL to a real process; from the checkpoint on the metrics equal those of a run that was left alone."""
     arguments += ["--max_steps", "40", "--save_steps", "7"]
-    script = "import reward, train; reward.countdown_reward = lambda p, c: float(len(c) % 2); train.main()"
+    script = (
+        "import reward, train; reward.countdown_reward = lambda p, c: float(len(c) % 2); train.main()"
+    )
 
     def start(folder, *more):
-        command = [sys.executable, "-c", script, *arguments, "--output_dir", str(tmp_path / folder), *more]
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        command = [
+            sys.executable,
+            "-c",
+            script,
+            *arguments,
+            "--output_dir",
+            str(tmp_path / folder),
+            *more,
+        ]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
 
     assert start("whole").wait() == 0
     moment = random.Random()  # really random: any moment must do
     rows = moment.randrange(1, 39)
     print(f"killed after {rows} rows")
     killed = start("killed")
-    while not (path := tmp_path / "killed" / "metrics.jsonl").exists() or len(path.read_text().splitlines()) < rows:
+    while (
+        not (path := tmp_path / "killed" / "metrics.jsonl").exists()
+        or len(path.read_text().splitlines()) < rows
+    ):
         assert killed.poll() is None
         time.sleep(0.001)
     time.sleep(moment.random() * 0.05)
@@ -218,11 +262,15 @@ def test_what_is_there_is_not_overwritten_and_damage_is_reported(arguments, tmp_
     assert metrics_of(tmp_path / "run") == rows
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(arguments, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights(
+    arguments, tmp_path, monkeypatch
+):
     started = train.set_up(train.parse_config(arguments))
     before = {name: value.clone() for name, value in started.model.state_dict().items()}
     score = rollout.score
-    monkeypatch.setattr(rollout, "score", lambda *a: tuple(x * x.new_tensor(float("nan")) for x in score(*a)))
+    monkeypatch.setattr(
+        rollout, "score", lambda *a: tuple(x * x.new_tensor(float("nan")) for x in score(*a))
+    )
     with pytest.raises(FloatingPointError, match="step 1 is not finite"):
         train.train_step(started)
     assert all(torch.equal(value, before[name]) for name, value in started.model.state_dict().items())
@@ -244,13 +292,17 @@ def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, dama
         tensors = load_file(weights)
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"cannot load the model|lacks weights|makes nothing of a prompt") as error:
+    with pytest.raises(
+        ValueError, match=r"cannot load the model|lacks weights|makes nothing of a prompt"
+    ) as error:
         train.set_up(train.parse_config(arguments))
     assert "\n" not in str(error.value)
 
 
 def test_prompts_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed the 64 positions"):
+    with pytest.raises(
+        ValueError, match=r"prompt tokens \+ max_completion_length exceed the 64 positions"
+    ):
         train.set_up(train.parse_config([*arguments, "--max_completion_length", "60"]))
 
 
@@ -259,7 +311,9 @@ def test_prompts_that_do_not_fit_are_refused(arguments):
 
 def test_every_problem_comes_once_a_pass_in_a_new_order():
     problems = [reward.Problem(str(i), "") for i in range(10)]
-    drawn = [p.question for step in range(20) for p in train.choose_problems(problems, 4, seed=3, step=step)]
+    drawn = [
+        p.question for step in range(20) for p in train.choose_problems(problems, 4, seed=3, step=step)
+    ]
     passes = [drawn[i : i + 10] for i in range(0, 80, 10)]
     assert all(sorted(p, key=int) == [str(i) for i in range(10)] for p in passes)
     assert len({tuple(p) for p in passes}) == 8
@@ -276,10 +330,19 @@ def after_one_step(arguments, folder, *more):
 def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size):
     # SGD, since AdamW's first step keeps only the sign of a gradient and so magnifies rounding where it is near 0.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr))
+        patch.setattr(
+            torch.optim,
+            "AdamW",
+            lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr),
+        )
         whole, expected = after_one_step(arguments, tmp_path / "a", "--learning_rate", "10")
         parts, got = after_one_step(
-            arguments, tmp_path / "b", "--learning_rate", "10", "--per_device_train_batch_size", str(size)
+            arguments,
+            tmp_path / "b",
+            "--learning_rate",
+            "10",
+            "--per_device_train_batch_size",
+            str(size),
         )
     moved = 0.0
     start = AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1]).state_dict()
@@ -297,8 +360,13 @@ def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
     half, got = after_one_step(arguments, tmp_path / "b", "--bf16", "--gradient_checkpointing")
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.05)
-    moved = [(a - b).abs().max().item() for a, b in zip(plain.model.parameters(), half.model.parameters(), strict=True)]
-    assert 0 < max(moved) <= 2.1 * 2 * expected["learning_rate"]  # AdamW moves a weight by the learning rate at most
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(plain.model.parameters(), half.model.parameters(), strict=True)
+    ]
+    assert (
+        0 < max(moved) <= 2.1 * 2 * expected["learning_rate"]
+    )  # AdamW moves a weight by the learning rate at most
 
 
 def test_mini_batches_share_the_batch_without_changing_its_scale(arguments, tmp_path):
@@ -306,13 +374,24 @@ def test_mini_batches_share_the_batch_without_changing_its_scale(arguments, tmp_
     results = []
     for count in ("1", "2", "4"):
         folder = tmp_path / count
-        more = ["--num_mini_batches", count, "--learning_rate", "1e-12", "--scope_share", "2", "--entropy_coef", "0.1"]
+        more = [
+            "--num_mini_batches",
+            count,
+            "--learning_rate",
+            "1e-12",
+            "--scope_share",
+            "2",
+            "--entropy_coef",
+            "0.1",
+        ]
         results.append(after_one_step(arguments, folder, *more)[1])
     assert results[0]["scope_positive_frac"] > 0
     assert abs(results[0]["loss"]) > 0.1
     for metrics in results[1:]:
         assert metrics["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
-        assert metrics["grad_norm"] >= 0.9 * results[0]["grad_norm"]  # a mean is no longer than its parts
+        assert (
+            metrics["grad_norm"] >= 0.9 * results[0]["grad_norm"]
+        )  # a mean is no longer than its parts
 
 
 def test_nothing_to_learn_from_changes_nothing(arguments, tmp_path, monkeypatch):
@@ -320,7 +399,11 @@ def test_nothing_to_learn_from_changes_nothing(arguments, tmp_path, monkeypatch)
     one, metrics = after_one_step(arguments, tmp_path / "a")
     start = AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1]).state_dict()
     assert all(torch.equal(value, start[name]) for name, value in one.model.state_dict().items())
-    assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (0.0, 0.0, 0.0)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert metrics["entropy"] > 0  # measured all the same
     assert metrics["learning_rate"] == pytest.approx(1e-3 / 10)  # the first step of the warm-up
 
@@ -335,9 +418,18 @@ def test_truncated_completions_earn_nothing(arguments, tmp_path, monkeypatch):
 def test_masked_truncated_completions_weigh_nothing(arguments, tmp_path, monkeypatch):
     seen, update = {}, train.update
     monkeypatch.setattr(
-        train, "update", lambda run, samples, *rest: seen.update(s=samples, t=rest[-1]) or update(run, samples, *rest)
+        train,
+        "update",
+        lambda run, samples, *rest: seen.update(s=samples, t=rest[-1]) or update(run, samples, *rest),
     )
-    after_one_step(arguments, tmp_path / "a", "--mask_truncated_completions", "true", "--max_completion_length", "4")
+    after_one_step(
+        arguments,
+        tmp_path / "a",
+        "--mask_truncated_completions",
+        "true",
+        "--max_completion_length",
+        "4",
+    )
     truncated = seen["s"].truncated
     assert 0 < truncated.float().mean() < 1
     assert torch.equal(seen["t"]["weights"] == 0, truncated)
@@ -347,13 +439,18 @@ def test_one_update_a_step_is_on_policy_and_never_clipped(arguments, tmp_path):
     for epsilon in ("0.2", "0"):
         folder = tmp_path / epsilon
         assert (
-            after_one_step(arguments, folder, "--num_mini_batches", "1", "--epsilon", epsilon)[1]["clip_fraction"] == 0
+            after_one_step(arguments, folder, "--num_mini_batches", "1", "--epsilon", epsilon)[1][
+                "clip_fraction"
+            ]
+            == 0
         )
 
 
 def test_temperature_and_share_of_each_algorithm(arguments):
     def control(entropy, *more):
-        one = train.Run(train.parse_config([*arguments, *more]), None, {}, None, None, None, entropy=entropy)
+        one = train.Run(
+            train.parse_config([*arguments, *more]), None, {}, None, None, None, entropy=entropy
+        )
         return train.control(one)
 
     assert control(None) == (1.0, 8)  # nothing known before the first step; a quarter of 32
@@ -367,13 +464,19 @@ def test_temperature_and_share_of_each_algorithm(arguments):
 
 def test_what_each_sample_weighs(arguments, tmp_path, monkeypatch):
     seen, nothing = [], {"loss": 0.0, "grad_norm": 0.0, "clip_fraction": 0.0}
-    monkeypatch.setattr(train, "update", lambda run, samples, prompt, old, terms: seen.append(terms) or nothing)
+    monkeypatch.setattr(
+        train, "update", lambda run, samples, prompt, old, terms: seen.append(terms) or nothing
+    )
     bonus = ["--num_mini_batches", "1", "--entropy_coef", "0.3"]
     after_one_step(arguments, tmp_path / "aepo", *bonus, "--algorithm", "aepo")
     after_one_step(arguments, tmp_path / "scope", *bonus, "--scope_weight", "0.5")
-    for terms, auxiliary in zip(seen, ([1 / 32] * 8, [0.5 / 8] * 8), strict=True):  # aepo: like an ordinary sample
+    for terms, auxiliary in zip(
+        seen, ([1 / 32] * 8, [0.5 / 8] * 8), strict=True
+    ):  # aepo: like an ordinary sample
         assert terms["weights"].tolist() == pytest.approx([1 / 32] * 32 + auxiliary)
-        assert terms["bonus_weights"].tolist() == pytest.approx([0.3 / 32] * 32 + [0.0] * 8)  # ordinary samples only
+        assert terms["bonus_weights"].tolist() == pytest.approx(
+            [0.3 / 32] * 32 + [0.0] * 8
+        )  # ordinary samples only
 
 
 def test_the_auxiliary_samples_are_drawn_at_t_in_the_same_call(arguments, tmp_path, monkeypatch):
@@ -402,7 +505,10 @@ def test_warm_start_learns_and_is_made_once(tmp_path, monkeypatch):
     folder = train.warm_started_model()
     assert train.warm_started_model() == folder
     assert calls == [0]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     assert sum(p.numel() for p in model.parameters()) < 120_000
     samples = rollout.generate(model, tokenizer, ["2,5,7:19="] * 64, torch.ones(64), 12)
     shaped = sum(reward.EXPRESSION.fullmatch(text) is not None for text in samples.texts)

@@ -54,7 +54,9 @@ def step_along(run: train.Run, samples: rollout.Rollout, weights: torch.Tensor) 
         g, gbar = cf.sensitivity(torch.cat(seen).double())  # of every token's distribution  [N, V], [N]
         tokens = samples.sequences[rows, -mask.shape[1] :][mask]
         change = torch.zeros(mask.shape, dtype=g.dtype, device=mask.device)
-        change = change.masked_scatter(mask, gbar - g.gather(1, tokens[:, None])[:, 0])  # -(g_a - gbar)  [n, T]
+        change = change.masked_scatter(
+            mask, gbar - g.gather(1, tokens[:, None])[:, 0]
+        )  # -(g_a - gbar)  [n, T]
         predicted += (weights[rows] * masked_mean(change, mask, dim=1)).sum().item()
         (weights[rows] * masked_mean(logprobs, mask, dim=1)).sum().backward()
     handle.remove()
@@ -67,7 +69,10 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
     original, rows = copy.deepcopy(run.model.state_dict()), []
     held_out = [run.task.test[i % len(run.task.test)] for i in range(batch // 2)]
     problems = [run.task.train[i % len(run.task.train)] for i in range(batch)]
-    probes = {"held_out": contexts(run, held_out, 1.0)[0], "training": contexts(run, problems[: batch // 2], 1.0)[0]}
+    probes = {
+        "held_out": contexts(run, held_out, 1.0)[0],
+        "training": contexts(run, problems[: batch // 2], 1.0)[0],
+    }
     for temperature in TEMPERATURES:
         samples, rewards = contexts(run, problems, temperature)
         for sign, chosen in (("positive", rewards == 1), ("negative", rewards == 0)):
@@ -95,9 +100,16 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
 
 def main() -> None:
     """Load the policy, measure with every seed, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are train.py's.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Other options are train.py's."
+    )
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=2048, help="samples for each step; half as many held-out contexts")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=2048,
+        help="samples for each step; half as many held-out contexts",
+    )
     parser.add_argument("--norm", type=float, default=1e-2, help="length of the step in parameter space")
     parser.add_argument("--save", type=Path, help="append the rows to this JSONL file")
     args, rest = parser.parse_known_args()
@@ -107,7 +119,9 @@ def main() -> None:
     if args.save:
         with open(args.save, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds; predicted: by the tabular theory")
+    print(
+        f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds; predicted: by the tabular theory"
+    )
     columns = ("share", "held_out", "training", "predicted")
     print(f"{'sign':<9} {'T':>3} " + "".join(f"{name:>18}" for name in columns))
     for sign in ("positive", "negative"):
@@ -118,7 +132,10 @@ def main() -> None:
             values = np.array([[row[name] for name in columns] for row in cell])  # [seeds, columns]
             errors = 2 * values.std(0, ddof=min(1, len(cell) - 1)) / len(cell) ** 0.5
             cells = zip(values.mean(0), errors, strict=True)
-            print(f"{sign:<9} {temperature:>3} " + "".join(f"{mean:>+9.4f} ± {error:.4f}" for mean, error in cells))
+            print(
+                f"{sign:<9} {temperature:>3} "
+                + "".join(f"{mean:>+9.4f} ± {error:.4f}" for mean, error in cells)
+            )
 
 
 if __name__ == "__main__":

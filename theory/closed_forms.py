@@ -46,7 +46,10 @@ def dh_positive(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
 
 def dh_positive_dt(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
     """d dH+ / dT = Cov_q(g, x) / T^2 (section 3)."""
-    return covariance(sampled(z, w, T), sensitivity(z)[0], log_policy(z)) / torch.as_tensor(T, dtype=z.dtype) ** 2
+    return (
+        covariance(sampled(z, w, T), sensitivity(z)[0], log_policy(z))
+        / torch.as_tensor(T, dtype=z.dtype) ** 2
+    )
 
 
 def dh_negative(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
@@ -81,7 +84,11 @@ def dh_normalised(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
 def dh_normalised_dt(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
     """Its temperature derivative, by the product rule; P' = -P (E_q[x] - E_{p_T}[x]) / T^2 (section 7)."""
     P, p_T, x = pass_rate(z, w, T), log_policy(z, T).exp(), log_policy(z)
-    slope = -P * (expectation(sampled(z, w, T), x) - expectation(p_T, x)) / torch.as_tensor(T, dtype=z.dtype) ** 2
+    slope = (
+        -P
+        * (expectation(sampled(z, w, T), x) - expectation(p_T, x))
+        / torch.as_tensor(T, dtype=z.dtype) ** 2
+    )
     root = (P * (1 - P)).sqrt()
     return (1 - 2 * P) * slope / (2 * root) * dh_positive(z, w, T) + root * dh_positive_dt(z, w, T)
 

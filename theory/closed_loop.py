@@ -30,19 +30,29 @@ SAMPLES = 2048
 
 
 @torch.no_grad()
-def entropies(run: train.Run, samples: rollout.Rollout, old: torch.Tensor | None) -> tuple[torch.Tensor, np.ndarray]:
+def entropies(
+    run: train.Run, samples: rollout.Rollout, old: torch.Tensor | None
+) -> tuple[torch.Tensor, np.ndarray]:
     """Log-probabilities of whole completions `[B]`, and H in nats: on their contexts, and on the policy's own."""
     logprobs, token_entropies = (x.double() for x in train.score_all(run, samples))  # [B, T]
-    total, length = token_entropies.sum(1), samples.completion_mask.sum(1)  # score's values are 0 outside the mask
+    total, length = (
+        token_entropies.sum(1),
+        samples.completion_mask.sum(1),
+    )  # score's values are 0 outside the mask
     ratio = torch.ones_like(total) if old is None else (logprobs.sum(1) - old).exp()  # [B]
-    means = [(total.sum() / length.sum()).item(), ((ratio * total).sum() / (ratio * length).sum()).item()]
+    means = [
+        (total.sum() / length.sum()).item(),
+        ((ratio * total).sum() / (ratio * length).sum()).item(),
+    ]
     return logprobs.sum(1), np.array(means)
 
 
 def entropy_gradient(run: train.Run, samples: rollout.Rollout) -> torch.Tensor:
     """dH / dtheta on the contexts of the samples, of all parameters in a row."""
     tokens = samples.completion_mask.sum()
-    for rows in torch.arange(len(samples.texts), device=tokens.device).split(run.config.per_device_train_batch_size):
+    for rows in torch.arange(len(samples.texts), device=tokens.device).split(
+        run.config.per_device_train_batch_size
+    ):
         (rollout.score(run.model, samples, rows)[1].sum() / tokens).backward()
     gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()])
     run.optimizer.zero_grad()
@@ -60,7 +70,10 @@ def one_step(run: train.Run) -> dict[str, float]:
     metrics, _ = train.train_step(run)
     new_theta = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
     ends = {}
-    for sign, point in {"-": 2 * theta - new_theta, "+": new_theta}.items():  # the last puts the new weights in place
+    for sign, point in {
+        "-": 2 * theta - new_theta,
+        "+": new_theta,
+    }.items():  # the last puts the new weights in place
         torch.nn.utils.vector_to_parameters(point, parameters)
         ends[sign] = entropies(run, samples, old)[1] - H
     parts = {
@@ -74,7 +87,9 @@ def one_step(run: train.Run) -> dict[str, float]:
 
 def main() -> None:
     """Copy the run, go on with it, print the parts as a mean a step ± 2 standard errors over the steps."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other options are train.py's.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="Other options are train.py's."
+    )
     parser.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save", type=Path, help="write the model of the mean weights into this folder")

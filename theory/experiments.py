@@ -63,7 +63,9 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     "alpha": {
         "0 (GRPO)": GRPO,
-        **{f"share and weight 1/{round(1 / a)}": share_and_weight(a, a) for a in (1 / 64, 1 / 16, 1 / 4)},
+        **{
+            f"share and weight 1/{round(1 / a)}": share_and_weight(a, a) for a in (1 / 64, 1 / 16, 1 / 4)
+        },
         "share and weight 1": share_and_weight(1, 1),
         **{f"share 1/{round(1 / a)}, weight 1": share_and_weight(a, 1) for a in (1 / 64, 1 / 16)},
         "share 1/4, weight 1": target(0.4),
@@ -117,7 +119,9 @@ def mean_over_positives(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: f
 def group_normalised(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: float):
     """Positives get the advantage they would have in their prompt's ordinary group, not 1."""
     advantages, weights = ORIGINAL(rewards, auxiliary, alpha)
-    groups = rewards[torch.arange(len(auxiliary)) % len(rewards)]  # auxiliary samples go round the prompts  [N', G]
+    groups = rewards[
+        torch.arange(len(auxiliary)) % len(rewards)
+    ]  # auxiliary samples go round the prompts  [N', G]
     deviation = groups.std(1, unbiased=False) + scope_rl.ADVANTAGE_EPSILON
     advantages[rewards.numel() :] = auxiliary * (1 - groups.mean(1)) / deviation
     return advantages, weights
@@ -133,7 +137,8 @@ def equal_groups_dropped(rewards: torch.Tensor, auxiliary: torch.Tensor, alpha: 
 
 ORIGINAL = scope_rl.advantages_and_weights
 VARIANTS: dict[str, Callable] = {
-    f.__name__: f for f in (ORIGINAL, both_signs, mean_over_positives, group_normalised, equal_groups_dropped)
+    f.__name__: f
+    for f in (ORIGINAL, both_signs, mean_over_positives, group_normalised, equal_groups_dropped)
 }
 
 
@@ -158,10 +163,15 @@ def llama(seed: int) -> str:
     """The folder of a small Llama, warm-started on sums as the tiny Qwen3 is on Countdown, made on first use."""
     folder = WORK / f"llama-{seed}"
     if not folder.exists():
-        classes = {"Qwen3Config": transformers.LlamaConfig, "Qwen3ForCausalLM": transformers.LlamaForCausalLM}
+        classes = {
+            "Qwen3Config": transformers.LlamaConfig,
+            "Qwen3ForCausalLM": transformers.LlamaForCausalLM,
+        }
         example = mock.patch.object(reward, "countdown_example", sums_example)
         with mock.patch.multiple(transformers, **classes), example:
-            train.warm_start(folder.with_suffix(".tmp"), steps=1400, seed=seed)  # Pass@1 near 0.45, as for Countdown
+            train.warm_start(
+                folder.with_suffix(".tmp"), steps=1400, seed=seed
+            )  # Pass@1 near 0.45, as for Countdown
         folder.with_suffix(".tmp").rename(folder)
     return str(folder)
 
@@ -184,7 +194,16 @@ def one_run(job: tuple[str, int]) -> dict:
     variant, arguments = ORIGINAL.__name__, options.split()
     if arguments[0].startswith("@"):
         variant = arguments.pop(0)[1:]
-    common = ["--preset", "tiny", "--model", warm_start(options, seed), "--seed", str(seed), "--logging_steps", "0"]
+    common = [
+        "--preset",
+        "tiny",
+        "--model",
+        warm_start(options, seed),
+        "--seed",
+        str(seed),
+        "--logging_steps",
+        "0",
+    ]
     arguments = [*common, "--output_dir", str(folder), *arguments]
     if (folder / "config.json").exists():
         arguments.append("--resume")
@@ -198,7 +217,10 @@ def one_run(job: tuple[str, int]) -> dict:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = steps[-len(steps) // 5 :]
     row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy}
-    row |= {name: float(np.mean([step[name] for step in last])) for name in ("reward", "entropy", "scope_temperature")}
+    row |= {
+        name: float(np.mean([step[name] for step in last]))
+        for name in ("reward", "entropy", "scope_temperature")
+    }
     row |= {"oscillation": float(np.std([step["entropy"] for step in last]))}
     row |= json.loads((folder / "eval.json").read_text())["after"]
     parts = np.array_split([step["entropy"] for step in steps], 35)
@@ -242,7 +264,10 @@ def main() -> None:
         for done, row in enumerate(pool.imap_unordered(one_run, jobs), start=1):
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            print("{} of {}: {options}, seed {seed}, entropy {entropy:.3f}".format(done, len(jobs), **row), flush=True)
+            print(
+                "{} of {}: {options}, seed {seed}, entropy {entropy:.3f}".format(done, len(jobs), **row),
+                flush=True,
+            )
     table = cells(args.name)
     print(report.tables(args.name, table))
     if args.name == "control":

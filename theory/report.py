@@ -9,7 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # Student's t by degrees of freedom
+T_95 = {
+    1: 12.71,
+    2: 4.30,
+    3: 3.18,
+    4: 2.78,
+    5: 2.57,
+    6: 2.45,
+    7: 2.36,
+}  # Student's t by degrees of freedom
 TABLES = [
     ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
     ("scope_temperature", "oscillation", "pass@4", "pass@16"),
@@ -44,7 +52,9 @@ def tables(experiment: str, cells: dict[str, dict[int, dict]]) -> str:
         names = [name for name in columns if name in there]
         rows = []
         for label, cell in cells.items():
-            rows.append([label, len(cell), *(show([row[name] for row in cell.values()]) for name in names)])
+            rows.append(
+                [label, len(cell), *(show([row[name] for row in cell.values()]) for name in names)]
+            )
         parts.append(markdown([experiment, "seeds", *names], rows))
     names, rows = [name for name in DIFFERENCES if name in there], []
     for label, cell in cells.items():
@@ -70,11 +80,18 @@ def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
 def offsets(cells: dict[str, dict[int, dict]]) -> str:
     """Each seed's rest under the published rule, predicted from that seed's runs under other rules, and measured."""
     rows = []
-    others = ["constant T = 1.0", "constant T = 1.3", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5))]
+    others = [
+        "constant T = 1.0",
+        "constant T = 1.3",
+        *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)),
+    ]
     for H0 in (0.3, 0.4, 0.5):
         cell = cells[f"SCOPE, published rule, H0 {H0}"]
         seeds = sorted(cell.keys() & set.intersection(*(set(cells[label]) for label in others)))
-        points = {s: [(cells[o][s]["entropy"], cells[o][s]["scope_temperature"]) for o in others] for s in seeds}
+        points = {
+            s: [(cells[o][s]["entropy"], cells[o][s]["scope_temperature"]) for o in others]
+            for s in seeds
+        }
         predicted = np.array([predicted_rest(points[s], H0) for s in seeds])
         measured = np.array([cell[s]["entropy"] for s in seeds])
         rows.append([H0, len(seeds), show(predicted), show(measured), show(measured - predicted, "+")])
@@ -89,18 +106,25 @@ def draw(path: Path, cells: dict[str, dict[int, dict]]) -> None:
     reference, base = next(iter(cells.items()))
     for i, (label, cell) in enumerate(cells.items()):
         color, rows = plt.cm.tab20(i % 20), list(cell.values())
-        curves = [interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))]
+        curves = [
+            interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))
+        ]
         mean, half = np.nan_to_num(np.array(curves)).T
         share = (np.arange(len(mean)) + 0.5) / len(mean)
         axes[0].plot(share, mean, label=label, color=color)
         axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
         gains = [row["pass@1"] - base[seed]["pass@1"] for seed, row in cell.items() if seed in base]
         x, dx = interval([row["entropy"] for row in rows])
-        for axis, values in zip(axes[1:], (gains, [row["distinct_correct"] for row in rows]), strict=True):
+        for axis, values in zip(
+            axes[1:], (gains, [row["distinct_correct"] for row in rows]), strict=True
+        ):
             y, dy = interval(values)
             axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
     axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
     axes[1].set(xlabel="entropy, last fifth of the run", ylabel=f"Pass@1 minus {reference}'s, paired")
-    axes[2].set(xlabel="entropy, last fifth of the run", ylabel="distinct right answers of a problem's samples")
+    axes[2].set(
+        xlabel="entropy, last fifth of the run",
+        ylabel="distinct right answers of a problem's samples",
+    )
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)

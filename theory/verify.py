@@ -39,8 +39,12 @@ def random_policies(count: int, generator: torch.Generator) -> Iterator[tuple[Te
         z = torch.randn(B, V, generator=generator, dtype=torch.float64) * log_uniform(0.1, 10, B, 1)
         uniform = torch.rand(B, V, generator=generator, dtype=torch.float64)
         w = (uniform < torch.rand(B, 1, generator=generator, dtype=torch.float64)).double()
-        w[torch.arange(B), torch.randint(V, (B,), generator=generator)] = 1.0  # one rewarded token at least
-        w[B // 2 :] *= torch.rand(B - B // 2, V, generator=generator, dtype=torch.float64).clamp(min=0.01)  # graded
+        w[torch.arange(B), torch.randint(V, (B,), generator=generator)] = (
+            1.0  # one rewarded token at least
+        )
+        w[B // 2 :] *= torch.rand(B - B // 2, V, generator=generator, dtype=torch.float64).clamp(
+            min=0.01
+        )  # graded
         yield z, w, log_uniform(0.05, 20, B)
 
 
@@ -90,14 +94,23 @@ def derivatives(z: Tensor, w: Tensor, T: Tensor) -> Iterator[tuple[str, Tensor]]
     g, _ = cf.sensitivity(z)
     size = g.abs().amax(-1) * z.abs().amax(-1) / T**2
     direct = slope(token_entropy(z, T), T)
-    yield "dH/dT = Var(z) / T^3", relative(entropy_temperature_derivative(z, T), direct, z.var(-1) / T**3)
+    yield (
+        "dH/dT = Var(z) / T^3",
+        relative(entropy_temperature_derivative(z, T), direct, z.var(-1) / T**3),
+    )
     yield "dH/dz = -g", relative(g, -slope(token_entropy(z), z), g).amax(-1)
     q = cf.sampled(z, w, T).detach()
     step = slope(cf.expectation(q, log_policy(z)), z)  # of the expected log p(a), a ~ q: q - p
     along = (slope(token_entropy(z), z) * step).sum(-1)
-    yield "dH+ = <dH/dz, d E_q[log p]/dz>", relative(cf.dh_positive(z, w, T), along, g.abs().amax(-1))
+    yield (
+        "dH+ = <dH/dz, d E_q[log p]/dz>",
+        relative(cf.dh_positive(z, w, T), along, g.abs().amax(-1)),
+    )
     yield "d dH+/dT", relative(cf.dh_positive_dt(z, w, T), slope(cf.dh_positive(z, w, T), T), size)
-    yield "d dH/dT as written", relative(cf.dh_objective_dt(z, w, T), slope(cf.dh_objective(z, w, T), T), size)
+    yield (
+        "d dH/dT as written",
+        relative(cf.dh_objective_dt(z, w, T), slope(cf.dh_objective(z, w, T), T), size),
+    )
     eta, moved = 1e-3, []
     for h in (eta, eta / 2):  # a real step: what first order leaves out halves with the step
         moved.append((token_entropy(z + h * step) - token_entropy(z)) / h - cf.dh_positive(z, w, T))
@@ -108,11 +121,19 @@ def non_theorems(z: Tensor, w: Tensor, T: Tensor) -> Iterator[tuple[str, Tensor,
     """Statements that fail somewhere: whether each case fails, and which cases meet the hypothesis."""
     binary = ((w == 0) | (w == 1)).all(-1)
     drop = cf.dh_objective(z, w, T) < -TINY
-    yield "as written, T < 1: dH < 0  =>  d dH/dT > 0", cf.dh_objective_dt(z, w, T) < -TINY, drop & (T < 1)
+    yield (
+        "as written, T < 1: dH < 0  =>  d dH/dT > 0",
+        cf.dh_objective_dt(z, w, T) < -TINY,
+        drop & (T < 1),
+    )
     P = cf.pass_rate(z, w, T)
     inside = binary & (P > TINY) & (P < 1 - TINY)
     drop = cf.dh_normalised(z, w, T) < -TINY
-    yield "weighted by sqrt((1 - P) / P): the theorem", cf.dh_normalised_dt(z, w, T) < -TINY, inside & drop
+    yield (
+        "weighted by sqrt((1 - P) / P): the theorem",
+        cf.dh_normalised_dt(z, w, T) < -TINY,
+        inside & drop,
+    )
     outside, real = (
         cf.dh_positive(z, w, T) >= 0,
         correlation(cf.sampled(z, w, T), cf.sensitivity(z)[0], log_policy(z))[1],
@@ -151,7 +172,9 @@ def main() -> int:
     for name, failures in refuted.items():
         failed = torch.cat(failures)
         print(f"{name:<52} {len(failed):>9,} {int(failed.sum()):>10,} {failed.double().mean():>9.2%}")
-    print(f"\n{args.cases:,} policies, seed {args.seed}, {time.perf_counter() - start:.0f} s: {violations} violations")
+    print(
+        f"\n{args.cases:,} policies, seed {args.seed}, {time.perf_counter() - start:.0f} s: {violations} violations"
+    )
     return int(violations > 0)
 
 

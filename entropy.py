@@ -1,7 +1,6 @@
 """Exact token entropy, its temperature derivative, and log-probabilities.
 
-A language model turns the logits z of one position into the policy softmax(z / T). Its entropy, in
-nats, is
+A language model turns the logits z of one position into the policy softmax(z / T). Its entropy, in nats, is
 
     H(T) = -sum_a p_a log p_a,        p = softmax(z / T),
 
@@ -11,14 +10,15 @@ and heating it can only spread it out:
 
 Both are closed forms: no sampling is involved. The one practical difficulty is memory. With Qwen3's
 151,936 tokens a single completion of 1,024 tokens has 622 MB of float32 logits, so
-`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, in the forward and in
-the backward pass.
+`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and comes back the
+same way: with x = log p, the gradients are closed forms too (theory/README.md, section 1),
+
+    d log p_a / dz_b = 1[a = b] - p_b,        dH / dz_b = -p_b (x_b + H).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -52,32 +52,52 @@ def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor =
     return variance / temperature**3
 
 
+class ChunkedHead(torch.autograd.Function):
+    """`logprobs_and_entropies` with its gradient, both a chunk of logits `[n, V]` at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, chunk_size: int):
+        logprobs, entropies = [], []
+        for h, a in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
+            x = log_policy(F.linear(h, weight, bias))  # log p  [n, V]
+            logprobs.append(x.gather(1, a[:, None])[:, 0])
+            entropies.append(entropy_of(x))
+        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(entropies))
+        ctx.chunk_size = chunk_size
+        ctx.set_materialize_grads(False)  # d_entropies is None where no loss depends on them
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    @staticmethod
+    def backward(ctx, d_logprobs: Tensor | None, d_entropies: Tensor | None):
+        hidden, weight, bias, tokens, entropies = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(tokens), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
+            x = log_policy(F.linear(hidden[rows], weight, bias))  # [n, V]
+            p, dz = x.exp(), torch.zeros_like(x)
+            if d_logprobs is not None:  # 1[a = b] - p_b
+                d = d_logprobs[rows, None]
+                dz.scatter_(1, tokens[rows, None], d).addcmul_(p, d, value=-1)
+            if d_entropies is not None:  # -p_b (x_b + H)
+                dz.addcmul_(p.mul_(d_entropies[rows, None]), x.add_(entropies[rows, None]), value=-1)
+            d_hidden[rows] = dz @ weight
+            d_weight.addmm_(dz.T, hidden[rows])
+            if bias is not None:
+                d_bias += dz.sum(0)
+        return d_hidden, d_weight, d_bias, None, None
+
+
 def logprobs_and_entropies(
     hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and the entropy of its distribution, at temperature 1.
+    """Log-probability of each token, and the entropy of its distribution, at temperature 1, in nats.
 
-    Only one chunk's logits `[chunk_size, V]` exist at a time: each chunk is a checkpoint, so the
-    backward pass computes its logits again instead of having kept them.
-
-    Args:
-        hidden: `[N, D]` hidden states, each predicting the token of the same row.
-        head: the model's output head, with weight `[V, D]`; applied in float32 or better.
-        tokens: `[N]` token ids.
-
-    Returns:
-        `[N]` log-probabilities and `[N]` entropies, in nats; they do not depend on `chunk_size`.
+    `hidden` is `[N, D]`, states that each predict the token of the same row; `head` the model's output
+    head with weight `[V, D]`, applied in float32 or better; `tokens` `[N]` ids. Only `chunk_size` rows
+    of logits exist at a time, and the two results `[N]` and their gradients do not depend on it.
     """
-
-    def one_chunk(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = log_policy(F.linear(hidden, head.weight, head.bias))  # [n, V]
-        return log_p.gather(-1, tokens[:, None])[:, 0], entropy_of(log_p)  # [n], [n]
-
-    hidden = at_least_float32(hidden)
-    chunks = zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True)
-    pairs = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
-    logprobs, entropies = zip(*pairs, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return ChunkedHead.apply(at_least_float32(hidden), head.weight, head.bias, tokens, chunk_size)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

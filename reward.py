@@ -35,9 +35,7 @@ class Task(NamedTuple):
     reward: Callable[[Problem, str], float]
 
 
-INSTRUCTION = (
-    "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
-)
+INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
 NUMBER = re.compile(r"(?:(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_SHA256 = {

@@ -16,16 +16,22 @@ control are about. Layout, for B rows of prompt and completion, padded on the ri
 Padding on the right needs no attention mask: a causal model's real tokens never look at it.
 """
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, logprobs_and_entropies
 
+SEGMENT = 64  # tokens between two looks at which rows have ended
+ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name before transformers 5.24
 LOGITS_BUDGET = 2**26  # float32 logits held at a time in scoring: 256 MiB, a few times that in all
 
 
@@ -54,7 +60,7 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the model {name}: {reason}") from None
     if info["missing_keys"]:
-        raise ValueError(f"the model {name} lacks weights: {sorted(info['missing_keys'])[0]} ...")
+        raise ValueError(f"the model {name} lacks weights, for example {sorted(info['missing_keys'])[0]}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end token")
 
@@ -66,13 +72,12 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     if gradient_checkpointing:  # by its newer name where there is one
         older = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
-
     ids = torch.arange(4, device=model.device)[None]
     for mode in (True, False):  # evaluation mode last: it stays
         with torch.no_grad():
-            logits = model.train(mode)(input_ids=ids, use_cache=False).logits.float()
-            wanted = head(body(input_ids=ids, use_cache=False).last_hidden_state)  # [1, 4, V]
-        if not torch.allclose(logits, wanted.float(), atol=1e-3):
+            logits = model.train(mode)(input_ids=ids, use_cache=False).logits  # [1, 4, V]
+            wanted = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(logits.float(), wanted.float(), atol=1e-3):
             raise ValueError(f"{name} changes its logits after the output head: choose another model")
     return model, tokenizer
 
@@ -88,9 +93,7 @@ class Rollout:
     texts: list[str]  # B decoded completions without special tokens
 
 
-def format_prompts(
-    tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str
-) -> list[str]:
+def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
     """Questions in the model's chat template, with thinking off, or as plain text without one."""
     contents = [f"{question}\n\n{instruction}" for question in questions]
     if tokenizer.chat_template is None:
@@ -102,58 +105,97 @@ def format_prompts(
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
-    temperatures: Tensor, max_completion_length: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], temperatures: Tensor,
+    max_completion_length: int,
 ) -> Rollout:  # fmt: skip
     """Sample one completion a prompt, row i from softmax(z / temperatures[i]) and nothing else.
 
     A model's generation_config would apply silently (Qwen3's: temperature 0.6, top_k 20, top_p
-    0.95), and `generate` fills from it whatever the caller leaves open. So it is replaced as a
-    whole while sampling.
-
-    Args:
-        prompts: B formatted prompts.
-        temperatures: `[B]`, above zero.
-        max_completion_length: tokens, the end token included.
+    0.95), and transformers' `generate` fills from it whatever the caller leaves open. So it is
+    replaced as a whole while sampling. Temperatures are `[B]` and above zero; the end token counts
+    in max_completion_length.
     """
-    # Every id that ends a completion: the tokenizer's and those of the generation_config.
     device, ends = model.device, model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    ends = sorted(ends - {None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # may be an end
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}  # all that end it
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # may be one of them
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+
+    # Each distinct prompt is read once; `which` says where row i's prompt is.
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)  # [B]
     left = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = tokenizer(prompts, return_tensors="pt", **left).to(device)  # [B, P]
-    P, T_i = inputs.input_ids.shape[1], temperatures.to(device)[:, None]  # [B, 1]
-    sampling = GenerationConfig(
+    inputs = tokenizer(list(distinct), return_tensors="pt", **left).to(device)  # [U, P]
+
+    models_own, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-        max_new_tokens=max_completion_length, eos_token_id=ends, pad_token_id=pad,
+        eos_token_id=sorted(ends), pad_token_id=pad,
     )  # fmt: skip
-    models_own, model.generation_config = model.generation_config, sampling
     try:
-        sequences = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            logits_processor=[lambda ids, logits: logits / T_i],  # z / T_i  [B, V]
-        )  # [B, S]
+        sequences = decode(model, inputs, which, temperatures.to(device), max_completion_length)  # [B, S]
     finally:
         model.generation_config = models_own
 
     # By position, not by id: what precedes the first end token, and that token, is the completion.
-    is_end = torch.isin(sequences[:, P:], torch.tensor(ends, device=device))
+    P, S = inputs.input_ids.shape[1], sequences.shape[1]
+    is_end = torch.isin(sequences[:, P:], torch.tensor(sorted(ends), device=device))
     completion_mask = F.pad(is_end.cumsum(1) - is_end.long() == 0, (P, 0))  # [B, S]
 
     # Turn each row about, so that its padding goes from its left to its right.
-    padding = (inputs.attention_mask == 0).sum(1, keepdim=True)  # [B, 1]
-    S = sequences.shape[1]
+    padding = (inputs.attention_mask[which] == 0).sum(1, keepdim=True)  # [B, 1]
     columns = (torch.arange(S, device=device) + padding) % S  # [B, S]
     sequences, completion_mask = sequences.gather(1, columns), completion_mask.gather(1, columns)
-
     starts = P - padding[:, 0]
     lengths = starts + completion_mask.sum(1)
     spans = zip(sequences.tolist(), starts.tolist(), lengths.tolist(), strict=True)
     texts = tokenizer.batch_decode([row[a:b] for row, a, b in spans], skip_special_tokens=True)
     return Rollout(sequences, completion_mask, lengths, ~is_end.any(1), texts)
+
+
+class HalfCache(DynamicCache):
+    """Keys and values in the precision that attention uses: autocast leaves Qwen3's in float32."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        device = key_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
+
+
+def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int) -> Tensor:
+    """B rows by transformers' `generate`, row i of prompt which[i]: ids `[B, P + T]`, padded on the left.
+
+    Each prompt is read once, and its rows share what it leaves in the cache. Then come segments of a
+    few tokens; after each, rows that have ended leave, and their part of the cache with them. A model
+    whose cache cannot be cut by rows (a recurrent one) gets one call without all this.
+    """
+    config, cache = model.generation_config, HalfCache(config=model.config)
+    by_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    by_rows = by_rows and not model._is_stateful
+    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (max_new_tokens, {})
+    ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
+    if by_rows and ids.shape[1] > 1:  # all but the last token; the one that is sampled here is not used
+        model.generate(ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
+        cache.batch_select_indices(which)
+
+    sequences, mask, ends = ids[which], mask[which], torch.tensor(config.eos_token_id, device=ids.device)
+    rows, left = torch.arange(len(which), device=ids.device), max_new_tokens  # rows that go on  [b]
+    while len(rows) > 0 and left > 0:
+        at_row_temperature = partial(divide_logits, temperatures[rows, None])
+        new = model.generate(
+            sequences[rows], attention_mask=mask, max_new_tokens=min(segment, left),
+            logits_processor=[at_row_temperature], **options,
+        )[:, sequences.shape[1] :]  # [b, n]  # fmt: skip
+        n, going_on = new.shape[1], ~torch.isin(new, ends).any(1)  # [b]
+        sequences = F.pad(sequences, (0, n), value=config.pad_token_id)
+        sequences[rows, -n:] = new
+        rows, mask, left = rows[going_on], F.pad(mask[going_on], (0, n), value=1), left - n
+        if by_rows:
+            cache.batch_select_indices(going_on)
+    return sequences
+
+
+def divide_logits(temperatures: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+    """z / T, row by row: temperatures `[b, 1]`, logits `[b, V]`; a logits processor for `generate`."""
+    return logits / temperatures
 
 
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:

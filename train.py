@@ -109,8 +109,8 @@ class Config:
 
 
 ABOVE_ZERO = {
-    "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size", "max_grad_norm",
-    "num_generations", "max_completion_length", "num_mini_batches", "scope_temperature_min",
+    "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size", "num_generations",
+    "max_completion_length", "num_mini_batches", "max_grad_norm", "scope_temperature_min",
     "per_device_train_batch_size", "per_device_eval_batch_size",
 }  # fmt: skip
 TINY = Path(__file__).parent / "theory" / "tiny"
@@ -153,8 +153,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         try:
             defaults = json.loads(path.read_text())
         except (OSError, ValueError):
-            reason = "--output_dir must name a run's folder; cannot read"
-            raise ValueError(f"nothing to resume: {reason} {path}") from None
+            raise ValueError(f"nothing to resume: --output_dir must name a run; cannot read {path}") from None
     else:
         without_gpu = "laptop" if args.model else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
@@ -281,12 +280,12 @@ def update(
     gradient norm and clip fraction: means over the mini-batches that had something to learn from.
     """
     config, model, stats = run.config, run.model.train(), []
+    has_bonus = bool(objective.entropy_coefs.any())  # else the entropies need no gradient
     warm_up = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     for m in range(config.num_mini_batches):
         # The mini-batch: samples with a gradient, those of like length together (less padding).
-        rows = objective.has_gradient() & (prompt % config.num_mini_batches == m)
-        rows = rows.nonzero()[:, 0]
+        rows = (objective.has_gradient() & (prompt % config.num_mini_batches == m)).nonzero()[:, 0]
         rows = rows[samples.lengths[rows].argsort(stable=True)]
         if len(rows) == 0:
             continue
@@ -295,6 +294,7 @@ def update(
         loss, clipped = 0.0, 0.0
         for micro in rows.split(config.per_device_train_batch_size):
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, S]
+            entropies = entropies if has_bonus else entropies.detach()
             micro_loss, micro_clipped = scope_rl.scope_loss(
                 logprobs, old_logprobs[micro], entropies, samples.completion_mask[micro],
                 objective.rows(micro), config.epsilon, config.epsilon_high,
@@ -305,8 +305,7 @@ def update(
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not norm.isfinite():
-            reason = f"the gradient of step {run.step + 1} is not finite"
-            raise FloatingPointError(f"{reason}; try a lower learning_rate")
+            raise FloatingPointError(f"the gradient of step {run.step + 1} is not finite; try a lower learning_rate")
         run.optimizer.step()
         run.optimizer.zero_grad()
         stats.append([loss.item(), norm.item(), (clipped / samples.completion_mask[rows].sum()).item()])
@@ -320,7 +319,7 @@ def evaluate(run: Run) -> dict[str, float]:
     Means over the test problems, with samples at temperature 1 that are always seeded alike.
     """
     n, size = run.config.num_eval_generations, run.config.per_device_eval_batch_size
-    texts, rewards = [], []
+    texts, rewards, means = [], [], {}
     torch.manual_seed(0)
     problems = [problem for problem in run.task.test for _ in range(n)]
     for first in tqdm(range(0, len(problems), size), desc="evaluate", leave=False):
@@ -329,21 +328,22 @@ def evaluate(run: Run) -> dict[str, float]:
         texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    means = {}
-    for k in (k for k in (1, 4, 16, 64, 256) if k <= n and groups):
-        passed = [reward.pass_at_k(n, int(sum(rewards[group])), k) for group in groups]
-        means[f"pass@{k}"] = float(np.mean(passed))
-    distinct = [reward.distinct_correct(texts[group], rewards[group]) for group in groups]
-    return means | ({"distinct_correct": float(np.mean(distinct))} if groups else {})
+    if groups:
+        for k in (k for k in (1, 4, 16, 64, 256) if k <= n):
+            solved = [reward.pass_at_k(n, int(sum(rewards[group])), k) for group in groups]
+            means[f"pass@{k}"] = float(np.mean(solved))
+        distinct = [reward.distinct_correct(texts[group], rewards[group]) for group in groups]
+        means["distinct_correct"] = float(np.mean(distinct))
+    return means
 
 
 def train(run: Run) -> None:
     """The whole run: evaluate, train, evaluate, save the model; a line of metrics every step."""
     config, output = run.config, Path(run.config.output_dir)
-    what = f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}"
-    print(f"{what}, steps {run.step} to {config.max_steps}, into {config.output_dir}")
-    size = f"{run.model.num_parameters():,} parameters on {run.model.device}"
-    print(f"{size}, {len(run.task.train)} problems")
+    steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
+    print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
+    num_parameters, where = run.model.num_parameters(), run.model.device
+    print(f"{num_parameters:,} parameters on {where}, {len(run.task.train)} problems")
     evaluations = json.loads((output / "eval.json").read_text()) if run.step else {}
     if not evaluations:
         evaluations["before"] = evaluate(run)
@@ -351,13 +351,12 @@ def train(run: Run) -> None:
     print(f"before: {summary(evaluations['before'])}")
 
     with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
-        steps = range(run.step, config.max_steps)
-        bar = tqdm(steps, initial=run.step, total=config.max_steps, desc="train")
+        bar = tqdm(range(config.max_steps)[run.step :], initial=run.step, total=config.max_steps, desc="train")
         for step in bar:
             metrics, shown = train_step(run)
             metrics_file.write(json.dumps(metrics) + "\n")
-            on_the_bar = ("reward", "entropy", "scope_temperature")
-            bar.set_postfix_str(summary({name: metrics[name] for name in on_the_bar}))
+            on_the_bar = {name: metrics[name] for name in ("reward", "entropy", "scope_temperature")}
+            bar.set_postfix_str(summary(on_the_bar))
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
@@ -391,15 +390,13 @@ def set_up(config: Config) -> Run:
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     questions = [problem.question for problem in train + test]
 
-    options = config.bf16, config.gradient_checkpointing
-    model, tokenizer = rollout.load_policy(config.model, *options)
+    model, tokenizer = rollout.load_policy(config.model, config.bf16, config.gradient_checkpointing)
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
-    empty = f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?"
-    check(min(lengths) > 0, empty)
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
-    too_long = f"{max(lengths)} prompt tokens + max_completion_length exceed the {room} positions"
-    check(max(lengths) + config.max_completion_length <= room, f"{too_long} of the model")
+    check(min(lengths) > 0, f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?")
+    room, longest = getattr(model.config, "max_position_embeddings", None) or math.inf, max(lengths)
+    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions of the model"
+    check(longest + config.max_completion_length <= room, too_long)
 
     prompts = dict(zip(questions, prompts, strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -459,8 +456,8 @@ def main() -> None:
     try:
         train(run)
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        hint = f"python train.py --resume --output_dir {run.config.output_dir}"
-        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {hint}")
+        go_on = f"python train.py --resume --output_dir {run.config.output_dir}"
+        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {go_on}")
 
 
 if __name__ == "__main__":

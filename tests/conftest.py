@@ -1,10 +1,13 @@
 """Small random models and their tokenizer, for tests that need no training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
-import train
+ROOT = Path(__file__).parents[1]
+START = ROOT / "theory" / "tiny" / "start-0"
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -17,7 +20,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train.tiny_tokenizer()
+    return transformers.AutoTokenizer.from_pretrained(START)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from entropy import (
+    ChunkedHead,
     entropy_temperature_derivative,
     logprobs_and_entropies,
     masked_mean,
@@ -19,18 +20,14 @@ def test_entropy_of_known_distributions():
     assert token_entropy(torch.tensor([1000.0, 0.0, -1000.0])).item() == 0.0  # certain, with huge logits
     p = torch.tensor([0.5, 0.25, 0.25])
     assert token_entropy(p.log()).item() == pytest.approx(1.5 * math.log(2))
-    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(
-        1.5 * math.log(2)
-    )  # T undoes the factor
+    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(1.5 * math.log(2))  # T undoes the factor
 
 
 def test_entropy_at_a_temperature_per_distribution():
     logits, T = torch.randn(5, 11), torch.tensor([0.1, 0.5, 1.0, 2.0, 10.0])
     p = (logits.double() / T.double()[:, None]).exp()
     p = p / p.sum(-1, keepdim=True)
-    torch.testing.assert_close(
-        token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -40,40 +37,52 @@ def test_temperature_derivative_against_autograd_and_finite_differences(scale):
     T.requires_grad_()
     (by_autograd,) = torch.autograd.grad(token_entropy(logits, T).sum(), T)
     h = 1e-5
-    by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (
-        2 * h
-    )
+    by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (2 * h)
     closed_form = entropy_temperature_derivative(logits, T.detach())
     assert (closed_form >= 0).all()
     torch.testing.assert_close(closed_form, by_autograd, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(closed_form, by_difference, atol=1e-8, rtol=1e-6)
 
 
+def linear(weight, bias=None):
+    """An output head whose parameters are the given tensors."""
+    head = torch.nn.Linear(*weight.shape[::-1], bias=bias is not None, dtype=weight.dtype)
+    head.weight.data = weight.clone()
+    if bias is not None:
+        head.bias.data = bias.clone()
+    return head
+
+
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
-def test_chunked_scoring_equals_float64_log_softmax(chunk_size):
-    """Values and gradients, to hidden states and to the head, for any chunk size."""
+@pytest.mark.parametrize("used", ["both", "logprobs", "entropies"])
+def test_chunked_scoring_equals_float64_log_softmax(chunk_size, used):
+    """Values and gradients, to hidden states and to the head, for any chunk size, by a formula without chunks."""
     N, D, V = 40, 16, 101
-    hidden, weight, tokens = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
-    upstream = torch.randn(2, N)
+    hidden, weight, bias, tokens = torch.randn(N, D), torch.randn(V, D), torch.randn(V), torch.randint(V, (N,))
+    upstream = torch.randn(2, N) * torch.tensor([[used != "entropies"], [used != "logprobs"]])
 
-    def run(hidden, weight, function):
-        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logprobs, entropies = function(hidden, weight)
-        (logprobs * upstream[0] + entropies * upstream[1]).sum().backward()
-        return [t.double() for t in (logprobs.detach(), entropies.detach(), hidden.grad, weight.grad)]
-
-    def reference(hidden, weight):
-        log_p = torch.log_softmax(hidden @ weight.T, dim=-1)
+    def reference(hidden, head):
+        log_p = torch.log_softmax(hidden @ head.weight.T + head.bias, dim=-1)
         return log_p[torch.arange(N), tokens], -(log_p.exp() * log_p).sum(-1)
 
-    ours = run(
-        hidden,
-        weight,
-        lambda h, w: logprobs_and_entropies(h, lambda x: x @ w.T, tokens, chunk_size),
-    )
-    expected = run(hidden.double(), weight.double(), reference)
-    for got, wanted in zip(ours, expected, strict=True):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        h, head = hidden.to(dtype, copy=True).requires_grad_(), linear(weight.to(dtype), bias.to(dtype))
+        values = logprobs_and_entropies(h, head, tokens, chunk_size) if not results else reference(h, head)
+        terms = [(value * u).sum() for value, u in zip(values, upstream, strict=True) if u.any()]
+        sum(terms).backward()
+        tensors = (*(v.detach() for v in values), h.grad, head.weight.grad, head.bias.grad)
+        results.append([t.double() for t in tensors])
+    for got, wanted in zip(*results, strict=True):
         assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max())
+
+
+def test_the_gradient_in_closed_form_is_autograds():
+    """gradcheck: against finite differences in float64, both outputs, with a bias."""
+    hidden, tokens = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randint(13, (9,))
+    weight, bias = torch.randn(13, 4, dtype=torch.float64), torch.randn(13, dtype=torch.float64)
+    inputs = (hidden, weight.requires_grad_(), bias.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w, b: ChunkedHead.apply(h, w, b, tokens, 4), inputs)
 
 
 def test_no_tensor_of_all_logits_ever_exists():
@@ -89,12 +98,24 @@ def test_no_tensor_of_all_logits_ever_exists():
                 largest = max(largest, t.numel() if isinstance(t, torch.Tensor) else 0)
             return out
 
-    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    hidden, head = torch.randn(N, D, requires_grad=True), linear(torch.randn(V, D))
     with Watch():
-        sums = logprobs_and_entropies(hidden, lambda h: h @ weight.T, torch.randint(V, (N,)), chunk)
+        sums = logprobs_and_entropies(hidden, head, torch.randint(V, (N,)), chunk)
         (sums[0] + sums[1]).sum().backward()
     assert hidden.grad is not None
     assert chunk * V <= largest <= max(chunk * V, V * D) < N * V / 4
+
+
+def test_entropies_that_no_loss_uses_cost_no_gradient(monkeypatch):
+    """Without an entropy bonus the backward pass must not touch the entropy's part of the gradient."""
+    calls, addcmul = [], torch.Tensor.addcmul_
+    monkeypatch.setattr(torch.Tensor, "addcmul_", lambda *a, **k: calls.append(1) or addcmul(*a, **k))
+    hidden, head = torch.randn(6, 4, requires_grad=True), linear(torch.randn(11, 4))
+    for expected in (1, 2):  # d log p alone, then dH as well
+        calls.clear()
+        logprobs, entropies = logprobs_and_entropies(hidden, head, torch.arange(6), 6)
+        (logprobs.sum() + (entropies if expected == 2 else entropies.detach()).sum()).backward()
+        assert len(calls) == expected
 
 
 def test_half_precision_logits_are_raised_to_float32():
@@ -105,9 +126,7 @@ def test_half_precision_logits_are_raised_to_float32():
 
 
 def test_masked_mean_ignores_what_is_masked_even_nan():
-    values = torch.tensor(
-        [[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True
-    )
+    values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     per_row = masked_mean(values, mask, dim=1)
     assert per_row.tolist() == [2.0, 5.0, 0.0]

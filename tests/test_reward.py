@@ -4,78 +4,14 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import reward
-from reward import Problem, answer_reward, countdown_reward, final_answer, load_problems, pass_at_k
-
-
-def test_countdown_against_enumeration():
-    """Every expression of 4 digits: right exactly when Python says it equals the target and the digits are in it."""
-    problem, right = Problem("2,5,7:19=", "19"), 0
-    for digits in itertools.product("123456789", repeat=4):
-        for signs in itertools.product("+-", repeat=3):
-            expression = digits[0] + "".join(s + d for s, d in zip(signs, digits[1:], strict=True))
-            wanted = not Counter("257") - Counter(digits) and eval(expression) == 19
-            assert countdown_reward(problem, expression) == float(wanted)
-            right += wanted
-    assert right == 30
-    assert countdown_reward(Problem("5,5,2:17=", "17"), "5+5+2+5") == 1
-    assert countdown_reward(Problem("5,5,2:17=", "17"), "5+2+9+1") == 0  # one 5 for two
-    for expression, right in [("2+5+7", 0), ("2+5+7+1-1", 1), ("2+5+7+1-2+1", 0)]:  # 4 or 5 digits
-        assert eval(expression) == 14
-        assert countdown_reward(Problem("2,5,7:14=", "14"), expression) == right
-
-
-def test_countdown_examples_are_right_and_the_splits_are_disjoint():
-    rng = random.Random(1)
-    for split in ("train", "test"):
-        for _ in range(500):
-            problem, expression = reward.countdown_example(rng, split)
-            assert countdown_reward(problem, expression) == 1
-            assert 0 <= int(problem.answer) <= 45
-
-    def key(problem):
-        given, target = problem.question.rstrip("=").split(":")
-        return "".join(sorted(given)), target
-
-    first, second = (reward.countdown(2000, 2000, seed) for seed in (0, 1))
-    assert not {key(p) for p in first.train} & {key(p) for p in first.test}
-    assert first.train != second.train
-    assert first.test == second.test  # evaluation does not depend on the seed
-
-
-def test_countdown_has_about_a_thousand_right_answers():
-    """Counted over all expressions; uniform over them is the most entropy a token that full reward allows."""
-    values, counts = {}, {}
-    for n in (4, 5):
-        digits = np.array(list(itertools.product(range(1, 10), repeat=n)))
-        signs = np.array([(1, *s) for s in itertools.product((1, -1), repeat=n - 1)])
-        values[n], counts[n] = (
-            digits @ signs.T,
-            np.stack([(digits == d).sum(1) for d in range(10)], axis=1),
-        )
-    totals, bounds = [], []
-    for problem in reward.countdown(0, 60, seed=0).test:
-        given = Counter(problem.question.split(":")[0].split(","))
-        needed = np.array([given[str(d)] for d in range(10)])
-        right = {
-            n: ((values[n] == int(problem.answer)) & (counts[n] >= needed).all(1)[:, None]).sum()
-            for n in (4, 5)
-        }
-        totals.append(right[4] + right[5])
-        bounds.append(
-            np.log(totals[-1]) * totals[-1] / (8 * right[4] + 10 * right[5])
-        )  # tokens, the end included
-    assert 800 < np.median(totals) < 1500
-    assert 0.65 < np.median(bounds) < 0.75
-
+from reward import Problem, answer_reward, final_answer, load_problems, pass_at_k
 
 HOSTILE = [
     "", " ", "\x00", "2+5+7+5; import os", "__import__('os')", "2+5+7+5+", "+2+5+7+5", "2+5+7+5#", "2++5+7+5", "2+5+7+5\n19",
@@ -88,7 +24,6 @@ HOSTILE = [
 def test_hostile_output_scores_zero_in_linear_time():
     start = time.perf_counter()
     for text in HOSTILE:
-        assert countdown_reward(Problem("2,5,7:19=", "19"), text) == 0
         assert answer_reward(Problem("?", "72"), text) == 0
     assert time.perf_counter() - start < 10
 
@@ -109,8 +44,8 @@ def test_final_answers(completion, answer, expected):
 
 
 def test_numbers_are_bounded():
-    assert reward._number("1" * 40) == int("1" * 40)
-    assert reward._number("1" * 41) is None
+    assert reward.number("1" * 40) == int("1" * 40)
+    assert reward.number("1" * 41) is None
 
 
 def test_final_answer_takes_the_mark_before_the_box_before_the_last_number():
@@ -119,15 +54,11 @@ def test_final_answer_takes_the_mark_before_the_box_before_the_last_number():
     assert final_answer("1, then 4 apples") == "4"
 
 
-GSM8K = Path(os.environ.get("GSM8K_DIR", reward.cache_dir()))
-GSM8K_FILES = {
-    s: next((p for p in GSM8K.glob(f"*{s}.jsonl") if "gsm8k" in str(p)), None) for s in ("train", "test")
-}
+GSM8K = Path(os.environ.get("GSM8K_DIR", Path.home() / ".cache" / "scope_rl"))
+GSM8K_FILES = {s: next((p for p in GSM8K.glob(f"*{s}.jsonl") if "gsm8k" in str(p)), None) for s in ("train", "test")}
 
 
-@pytest.mark.skipif(
-    None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR"
-)
+@pytest.mark.skipif(None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_gold_answer_of_gsm8k_is_right_for_itself_and_wrong_for_the_next(split):
     path = GSM8K_FILES[split]
@@ -194,9 +125,7 @@ def test_bad_data_files_are_named_in_one_line(tmp_path, content, message):
 
 def test_data_files_of_ones_own(tmp_path):
     path = tmp_path / "data.jsonl"
-    rows = [
-        {"question": f"q{i}\u2028", "answer": i if i % 2 else f"because\n#### {i}"} for i in range(20)
-    ]
+    rows = [{"question": f"q{i}\u2028", "answer": i if i % 2 else f"because\n#### {i}"} for i in range(20)]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     task = reward.question_answer(str(path), None)
     assert [len(task.train), len(task.test)] == [18, 2]
@@ -209,7 +138,7 @@ def test_data_files_of_ones_own(tmp_path):
 def test_download_is_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n')
     monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reward, "GSM8K_URL", f"file://{tmp_path}/{{}}.jsonl")
+    monkeypatch.setattr(reward, "GSM8K", f"file://{tmp_path}/")
     for split in ("train", "test"):  # the wrong content, and no file at all
         with pytest.raises(ValueError, match="cannot download GSM8K"):
             reward.download_gsm8k(split)

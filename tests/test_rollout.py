@@ -1,5 +1,6 @@
 """rollout.py: what is sampled is what is scored, token by token, whatever a model's own defaults say."""
 
+import copy
 import math
 
 import pytest
@@ -37,18 +38,16 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
     random_model, tokenizer, own_defaults
 ):
     model = random_model()
-    rollout.prepare_policy(model)
     if own_defaults:
         model.generation_config = own_defaults
     n, temperatures = 4000, (0.8, 1.0, 1.2)
     per_row = torch.tensor(temperatures).repeat(n)
-    samples = rollout.generate(
-        model, tokenizer, ["1+2="] * len(per_row), per_row, max_completion_length=2
-    )
+    samples = rollout.generate(model, tokenizer, ["1+2="] * len(per_row), per_row, max_completion_length=2)
     V = len(tokenizer)
 
     logits = model(tokenizer("1+2=", return_tensors="pt").input_ids).logits[0, -1]
-    first = samples.sequences[:, -2]
+    P = len(tokenizer("1+2=").input_ids)
+    first = samples.sequences[:, P]
     z = {}
     for T in temperatures:
         counts = torch.bincount(first[per_row == T], minlength=V)
@@ -60,73 +59,125 @@ def test_sampled_frequencies_match_scored_probabilities_at_three_temperatures_in
     # The second token, scored by `score` itself: mean log-probability and its square match their expectations.
     ones = (per_row == 1.0).nonzero()[:, 0]
     logprobs, entropies = (x.detach() for x in rollout.score(model, samples, ones))
-    second = samples.completion_mask[ones, 1]
-    gap = (logprobs[:, 1] + entropies[:, 1])[second]  # E[log p] = -H, for every first token
+    second = samples.completion_mask[ones, P + 1]
+    gap = (logprobs[:, P + 1] + entropies[:, P + 1])[second]  # E[log p] = -H, for every first token
     assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap))
 
 
-def gpt2(tokenizer):
-    """A random model with learned absolute positions (Qwen3's are relative, and hide a mistake in position ids)."""
-    ids = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.3,
-        **ids,
-    )
-    return transformers.GPT2LMHeadModel(config)
+def architectures(tokenizer):
+    """Random small models: with rotary and learned positions, grouped heads, a window, alibi, a recurrent one."""
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    V = len(tokenizer)
+    common = {
+        "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 64, "initializer_range": 0.3, **ids,
+    }  # fmt: skip
+    few = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3, **ids}
+    t = transformers
+    return {
+        "qwen3": t.Qwen3Config(**common, num_key_value_heads=1, head_dim=16),
+        "llama": t.LlamaConfig(**common),
+        "mistral": t.MistralConfig(**common, num_key_value_heads=1, sliding_window=8),
+        "gpt2": t.GPT2Config(
+            vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, **ids
+        ),
+        "opt": t.OPTConfig(
+            vocab_size=V, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=64, init_std=0.3, **ids,
+        ),
+        "neox": t.GPTNeoXConfig(**common),
+        "falcon": t.FalconConfig(**few, num_attention_heads=2),
+        "mamba": t.MambaConfig(**few, state_size=4),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
-def test_score_equals_the_model_and_ignores_padding(random_model, tokenizer, architecture):
-    """Scored in a batch with other lengths, and alone without any padding: the same, and equal to log_softmax."""
-    model = random_model() if architecture == "qwen3" else gpt2(tokenizer)
-    rollout.prepare_policy(model)
-    prompts = ["1+2=", "1,2,3:45=", "7="]
-    samples = rollout.generate(
-        model, tokenizer, prompts * 4, torch.full((12,), 1.5), max_completion_length=9
-    )
+ARCHITECTURES = ("qwen3", "llama", "mistral", "gpt2", "opt", "neox", "falcon", "mamba")
+PROMPTS = ["1+2=", "1,2,3:45=", "7"]  # the last is a single token
+
+
+@pytest.fixture
+def architecture(request, tokenizer):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(architectures(tokenizer)[request.param]).eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
+def test_score_equals_a_plain_unpadded_forward_in_float64(architecture, tokenizer):
+    """Scored in a batch with other lengths, padded, without a mask: equal to each row alone by log_softmax."""
+    model = architecture
+    samples = rollout.generate(model, tokenizer, PROMPTS * 4, torch.full((12,), 1.5), max_completion_length=9)
     logprobs, entropies = rollout.score(model, samples, torch.arange(12))
-    lengths = samples.completion_mask.sum(1)
-    assert len(set(lengths.tolist())) > 2  # the case is worth testing
+    assert len(set(samples.lengths.tolist())) > 3  # the case is worth testing
+    assert not logprobs[~samples.completion_mask].any()
+    exact = copy.deepcopy(model).double()
     for i in range(12):
-        ids = samples.sequences[i][samples.attention_mask[i]][None]
-        logits = model(ids).logits[0].double()[-lengths[i] - 1 : -1]
-        wanted = torch.log_softmax(logits, -1).gather(1, ids[0, -lengths[i] :, None])[:, 0]
-        torch.testing.assert_close(logprobs[i, : lengths[i]].double(), wanted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            entropies[i, : lengths[i]].double(), token_entropy(logits), atol=1e-5, rtol=0
-        )
-        assert not logprobs[i, lengths[i] :].any()
-        seen = []
-        handle = model.get_input_embeddings().register_forward_hook(
-            lambda *args, seen=seen: seen.append(args[2])
-        )
-        alone, _ = rollout.score(model, samples, torch.tensor([i]))
-        handle.remove()
-        assert seen[0].shape[:2] == ids.shape  # every column of padding is gone
-        torch.testing.assert_close(alone[0], logprobs[i], atol=1e-5, rtol=0)
+        ids, mask = samples.sequences[i, : samples.lengths[i]][None], samples.completion_mask[i]
+        logits = exact(ids, use_cache=False).logits[0, :-1].double()[mask[1 : samples.lengths[i]]]
+        wanted = torch.log_softmax(logits, -1).gather(1, ids[0, -len(logits) :, None])[:, 0]
+        torch.testing.assert_close(logprobs[i, mask].double(), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropies[i, mask].double(), token_entropy(logits), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("segment", [3, 64])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
+def test_segments_and_shared_prompts_change_no_token(architecture, tokenizer, monkeypatch, segment):
+    """Near temperature 0, each row is what repeated forward passes of the row alone choose, greedily."""
+    monkeypatch.setattr(rollout, "SEGMENT", segment)
+    samples = rollout.generate(architecture, tokenizer, PROMPTS * 2, torch.full((6,), 1e-4), max_completion_length=20)
+    for i, prompt in enumerate(PROMPTS * 2):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        start = ids.shape[1]
+        while ids.shape[1] < start + 20 and ids[0, -1] != tokenizer.eos_token_id:
+            ids = torch.cat([ids, architecture(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        assert samples.sequences[i, : samples.lengths[i]].tolist() == ids[0].tolist()
+
+
+def test_a_prompt_is_read_once_and_finished_rows_leave(random_model, tokenizer, monkeypatch):
+    """What the model is fed: distinct prompts without their last token, then only rows that go on."""
+    monkeypatch.setattr(rollout, "SEGMENT", 2)
+    model, shapes = random_model(), []
+    model.get_input_embeddings().register_forward_hook(lambda *args: shapes.append(tuple(args[1][0].shape)))
+    samples = rollout.generate(model, tokenizer, ["1+2="] * 40 + ["3="] * 24, torch.ones(64), 6)
+    assert shapes[0] == (2, 3)
+    assert shapes[1] == (64, 1)
+    ended_early = (samples.completion_mask.sum(1) <= 2).sum().item()
+    assert 0 < ended_early < 64
+    assert shapes[3] == (64 - ended_early, 1)
+    assert all(columns == 1 for _, columns in shapes[1:])
+
+
+def test_sampled_frequencies_match_through_segments_at_mixed_temperatures(random_model, tokenizer, monkeypatch):
+    """The third token, sampled after two segments, against the exact mixture over all prefixes of two tokens."""
+    monkeypatch.setattr(rollout, "SEGMENT", 1)
+    model, n, V = random_model(), 4000, len(tokenizer)
+    temperatures = torch.tensor([0.7, 1.3]).repeat(n)
+    samples = rollout.generate(model, tokenizer, ["1+2="] * (2 * n), temperatures, max_completion_length=3)
+    prompt = tokenizer("1+2=", return_tensors="pt").input_ids
+    tokens = torch.arange(V)
+    prefixes = torch.cat([prompt.expand(V * V, -1), torch.cartesian_prod(tokens, tokens)], dim=1)  # [V * V, P + 2]
+    logits = model(prefixes, use_cache=False).logits[:, -3:]
+    for T in (0.7, 1.3):
+        p = torch.softmax(logits / T, -1)  # [V * V, 3, V]
+        rows = torch.arange(V * V)
+        chance = p[rows, 0, prefixes[:, -2]] * p[rows, 1, prefixes[:, -1]]
+        alive = (prefixes[:, -2:] != tokenizer.eos_token_id).all(1)
+        expected = (chance[alive, None] * p[alive, 2]).sum(0)
+        kept = samples.completion_mask[:, -1] & (temperatures == T)
+        counts = torch.bincount(samples.sequences[kept, -1], minlength=V)
+        assert chi_square(counts, expected / expected.sum()) < 4
+        other = torch.softmax(logits[alive, 2], -1).mul(chance[alive, None]).sum(0)
+        assert chi_square(counts, other / other.sum()) > 4  # the wrong temperature for the last token is noticed
 
 
 class Scripted:
-    """A stand-in for a model whose `generate` returns given completions."""
+    """A stand-in for a model whose `generate` returns given completions, in one call (as a recurrent one's)."""
 
-    device = torch.device("cpu")
+    device, _is_stateful, config = torch.device("cpu"), True, transformers.LlamaConfig()
 
     def __init__(self, completions, ends):
-        self.completions, self.generation_config = (
-            torch.tensor(completions),
-            GenerationConfig(eos_token_id=ends),
-        )
+        self.completions, self.generation_config = torch.tensor(completions), GenerationConfig(eos_token_id=ends)
 
-    def generate(self, input_ids, attention_mask, logits_processor):
+    def generate(self, input_ids, attention_mask, max_new_tokens, logits_processor):
         return torch.cat([input_ids, self.completions], dim=1)
 
 
@@ -146,95 +197,133 @@ def test_completion_masks_go_by_position(tokenizer):
     )
     samples = rollout.generate(scripted, tokenizer, ["1", "1<eos>2", "1", "1", "1"], torch.ones(5), 4)
     assert samples.completion_mask.sum(1).tolist() == [3, 2, 4, 1, 4]
-    assert samples.completion_mask.int().diff(dim=1).amax() <= 0  # a prefix of each row
     assert samples.truncated.tolist() == [False, False, True, False, False]
     assert samples.texts == ["12", "1:", "1212", "", "111"]
-    assert samples.attention_mask[:, :3].sum(1).tolist() == [1, 3, 1, 1, 1]  # left padding
+    assert samples.lengths.tolist() == [1 + 3, 3 + 2, 1 + 4, 1 + 1, 1 + 4]
+    starts = samples.completion_mask.int().argmax(1)
+    assert starts.tolist() == [1, 3, 1, 1, 1]  # each row begins with its prompt
+    assert samples.sequences[1, :5].tolist() == [one, eos, two, one, other]
 
 
 def test_generation_config_is_restored_and_pad_may_be_missing(random_model, tokenizer):
     model = random_model()
     model.generation_config = QWEN3_DEFAULTS
-    without_pad = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>"
-    )
+    without_pad = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     samples = rollout.generate(model, without_pad, ["1+2=", "1="], torch.ones(2), 3)
     assert model.generation_config is QWEN3_DEFAULTS
-    assert samples.attention_mask[:, :4].sum(1).tolist() == [4, 2]
+    assert samples.completion_mask.int().argmax(1).tolist() == [4, 2]
     with pytest.raises(IndexError):  # a failure while sampling: token ids beyond the vocabulary
         model.resize_token_embeddings(4)
         rollout.generate(model, tokenizer, ["1:2="], torch.ones(1), 3)
     assert model.generation_config is QWEN3_DEFAULTS
 
 
-def test_gradient_checkpointing_changes_no_value_and_turns_no_dropout_on(random_model, tokenizer):
-    model = random_model(attention_dropout=0.5)
-    rollout.prepare_policy(model)
-    samples = rollout.generate(model, tokenizer, ["1+2=", "1="], torch.ones(2), 5)
-    rows, results = torch.arange(2), []
+@pytest.fixture
+def load(random_model, tokenizer, tmp_path):
+    """A function that saves a random model and loads it as train.py does; keyword arguments go to load_policy."""
+
+    def make(model=None, **options):
+        (model or random_model()).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        return rollout.load_policy(str(tmp_path), **options)[0]
+
+    return make
+
+
+def test_gradient_checkpointing_changes_no_value_and_dropout_is_off_for_good(random_model, tokenizer, load):
+    results, calls = [], []
     for enabled in (False, True):
-        rollout.set_gradient_checkpointing(model, enabled)
-        model.zero_grad()
-        logprobs, entropies = rollout.score(model, samples, rows)
+        model = load(random_model(attention_dropout=0.5), gradient_checkpointing=enabled).train()
+        assert not [m for m in model.modules() if getattr(m, "attention_dropout", 0.0)]
+        torch.manual_seed(0)
+        samples = rollout.generate(model.eval(), tokenizer, ["1+2=", "1="], torch.ones(2), 5)
+        model.train().model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
+        logprobs, entropies = rollout.score(model, samples, torch.arange(2))
         (logprobs + 0.1 * entropies).sum().backward()
         results.append([logprobs.detach(), *(p.grad.clone() for p in model.parameters())])
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)
-    # It really recomputes: the layers run twice, and with sampling they may use their cache again.
-    calls = []
-    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
-    rollout.score(model, samples, rows)[0].sum().backward()
-    assert len(calls) == 2
-    rollout.set_gradient_checkpointing(model, False)
-    rollout.score(model, samples, rows)[0].sum().backward()
-    assert len(calls) == 3
-    handle.remove()
+    assert len(calls) == 1 + 2  # it really recomputes: the layers run twice
 
 
-def test_under_autocast_sampling_and_scoring_share_float32_logits(random_model, tokenizer):
+def test_gpt2s_dropout_is_off_too(tokenizer, load):
+    config = architectures(tokenizer)["gpt2"]
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
+    model = load(transformers.GPT2LMHeadModel(config)).train()
+    ids = torch.arange(6)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_under_bfloat16_sampling_and_scoring_share_float32_logits(tokenizer, load, monkeypatch):
     """The logits that `generate` samples from are those that `score` uses, not their bfloat16 rounding."""
-    model = random_model()
-    rollout.prepare_policy(model)
-    seen = []
-
-    class Spy(rollout.RowTemperature):
-        def __call__(self, input_ids, scores):
-            seen.append(scores)
-            return super().__call__(input_ids, scores)
-
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(rollout, "RowTemperature", Spy)
-        samples = rollout.generate(model, tokenizer, ["1+2="] * 8, torch.ones(8), 6)
-        logprobs, _ = rollout.score(model, samples, torch.arange(8))
+    model, seen = load(bf16=True), []
+    divide = rollout.divide_logits
+    monkeypatch.setattr(rollout, "divide_logits", lambda T, ids, z: seen.append(z) or divide(T, ids, z))
+    samples = rollout.generate(model, tokenizer, ["1+2="] * 8, torch.ones(8), 6)
+    logprobs, _ = rollout.score(model, samples, torch.arange(8))
     assert logprobs.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert any((x.bfloat16().float() != x).any() for x in seen)  # not rounded
-    tokens = samples.sequences[:, -len(seen) :]
     log_p = [torch.log_softmax(scores, -1) for scores in seen]
-    sampled_from = torch.stack(
-        [x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(log_p)], dim=1
-    )
-    gap = (sampled_from - logprobs).abs()[samples.completion_mask]
+    tokens = samples.sequences[:, -len(seen) :]
+    sampled_from = torch.stack([x.gather(1, tokens[:, t, None])[:, 0] for t, x in enumerate(log_p)], dim=1)
+    mask = samples.completion_mask[:, -len(seen) :]
+    gap = (sampled_from - logprobs[:, -len(seen) :]).abs()[mask]
     assert gap.max() < 0.1  # bfloat16 inside the layers, once with a cache and once without
+    hidden = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: hidden.append(out.dtype))
+    rollout.score(model, samples, torch.arange(8))
+    assert hidden == [torch.bfloat16]  # the body does run in bfloat16
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused():
+def test_the_cache_is_bfloat16_and_no_token_changes(tokenizer, load, monkeypatch):
+    """Qwen3's k_norm makes keys float32 under autocast; attention rounds them to bfloat16 in any case."""
+    model, results = load(bf16=True), []
+    for cache in (rollout.HalfCache, transformers.DynamicCache):
+        made = []
+        monkeypatch.setattr(
+            rollout, "HalfCache", lambda cache=cache, made=made, **k: made.append(cache(**k)) or made[0]
+        )
+        torch.manual_seed(0)
+        samples = rollout.generate(model, tokenizer, ["1+2=", "3="] * 8, torch.ones(16), 8)
+        results.append((samples.sequences, {made[0].layers[0].keys.dtype, made[0].layers[0].values.dtype}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == {torch.bfloat16}
+    assert torch.float32 in results[1][1]  # which is what would be stored without HalfCache
+
+
+def test_scoring_passes_no_attention_mask(random_model, tokenizer, monkeypatch):
+    """An explicit mask rules fused attention kernels out, and cuDNN's backward returns NaN for some masked shapes."""
+    model, masks = random_model(), []
+    samples = rollout.generate(model, tokenizer, PROMPTS, torch.ones(3), 6)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *a, attn_mask=None, **k: masks.append(attn_mask) or sdpa(*a, attn_mask=attn_mask, **k)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    rollout.score(model, samples, torch.arange(3))
+    assert masks == [None, None]
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(load, tokenizer):
     config = transformers.Gemma2Config(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.5, initializer_range=1.0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="post-processes its logits"):
-        rollout.prepare_policy(transformers.Gemma2ForCausalLM(config))
+    with pytest.raises(ValueError, match="changes its logits after the output head"):
+        load(transformers.Gemma2ForCausalLM(config))
+
+
+def test_a_model_that_is_random_in_training_is_refused(load, monkeypatch):
+    """Dropout by any name that the config does not show must not slip through either."""
+    forward = transformers.models.qwen3.modeling_qwen3.Qwen3MLP.forward
+    shaky = lambda self, x: torch.nn.functional.dropout(forward(self, x), 0.5, self.training)  # noqa: E731
+    monkeypatch.setattr(transformers.models.qwen3.modeling_qwen3.Qwen3MLP, "forward", shaky)
+    with pytest.raises(ValueError, match="changes its logits"):
+        load()
 
 
 def test_prompts_with_and_without_a_chat_template(tokenizer):
-    assert rollout.format_prompts(tokenizer, ["1,2,3:4="], "Do this.") == [
-        "1,2,3:4="
-    ]  # the tiny model's own template
-    plain = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>"
-    )
+    assert rollout.format_prompts(tokenizer, ["1,2,3:4="], "Do this.") == ["1,2,3:4="]  # the tiny model's own template
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["<s>Why?\n\nDo this.\n"]
-    plain.chat_template = (
-        "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
-    )
+    plain.chat_template = "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
     assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["no thoughts Why?\n\nDo this.|"]

@@ -6,20 +6,12 @@ import statistics
 import pytest
 import torch
 
-from scope_rl import (
-    advantages_and_weights,
-    aepo_temperature,
-    group_advantages,
-    scope_loss,
-    scope_temperature,
-)
+from scope_rl import group_advantages, objective_table, scope_loss, scope_temperature
 
 P, G, A, T = 4, 6, 5, 7  # prompts, completions each, auxiliary samples, tokens
 
 
-def reference_objective(
-    logprobs, old, entropies, lengths, rewards, auxiliary_rewards, alpha, eps, eps_high, coef
-):
+def reference_objective(logprobs, old, entropies, lengths, rewards, auxiliary_rewards, alpha, eps, eps_high, coef):
     """J of METHOD's equations in plain Python: no masks, no weights, one scalar at a time."""
 
     def mean_over_tokens(i, advantage):
@@ -27,9 +19,7 @@ def reference_objective(
         for t in range(lengths[i]):
             r = (logprobs[i, t] - old[i, t]).exp()
             clipped = min(max(r.item(), 1 - eps), 1 + eps_high)
-            total = total + (
-                r * advantage if r.item() * advantage <= clipped * advantage else clipped * advantage
-            )
+            total = total + (r * advantage if r.item() * advantage <= clipped * advantage else clipped * advantage)
         return total / int(lengths[i])
 
     J = 0.0
@@ -69,23 +59,10 @@ def random_batch(seed=0):
 def our_loss(batch, rows=None, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
     logprobs, old, entropies, lengths, rewards, auxiliary_rewards = batch
     mask = torch.arange(T) < lengths[:, None]
-    advantages, weights = advantages_and_weights(rewards, auxiliary_rewards, alpha)
-    bonus = torch.tensor(
-        [coef / (P * G)] * (P * G) + [0.0] * len(auxiliary_rewards), dtype=torch.float64
-    )
+    objective = objective_table(rewards, auxiliary_rewards, alpha, coef)
     rows = slice(None) if rows is None else rows
     old = torch.where(mask, old, math.nan)  # whatever stands in the padding must not matter
-    return scope_loss(
-        logprobs[rows],
-        old[rows],
-        entropies[rows],
-        mask[rows],
-        advantages[rows],
-        weights[rows],
-        bonus[rows],
-        eps,
-        eps_high,
-    )
+    return scope_loss(logprobs[rows], old[rows], entropies[rows], mask[rows], objective.rows(rows), eps, eps_high)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +73,15 @@ def our_loss(batch, rows=None, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
 def test_loss_and_gradient_equal_the_loop(seed, options):
     batch = random_batch(seed)
     loss, _ = our_loss(batch, **options)
-    ours = torch.autograd.grad(loss, batch[0])[0]
+    ours = torch.autograd.grad(loss, batch[0], retain_graph=True)[0]
+    of_entropies = torch.autograd.grad(loss, batch[2])[0]
     full = {"alpha": 0.3, "eps": 0.2, "coef": 0.0} | options
     full["eps_high"] = full.get("eps_high") or full["eps"]
     J = reference_objective(*batch, **full)
-    expected = torch.autograd.grad(-J, batch[0])[0]
+    expected = torch.autograd.grad(-J, batch[0], retain_graph=True)[0]
+    if "coef" in options:
+        wanted = torch.autograd.grad(-J, batch[2])[0]
+        torch.testing.assert_close(of_entropies, wanted, atol=1e-14, rtol=1e-10)
     assert loss.item() == pytest.approx(-J.item(), rel=1e-12)
     torch.testing.assert_close(ours, expected, atol=1e-14, rtol=1e-10)
 
@@ -113,8 +94,7 @@ def test_micro_batches_add_up_to_the_batch():
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-12)
     assert sum(clipped for _, clipped in parts) == whole_clipped
     gradients = [
-        torch.autograd.grad(loss, batch[0], retain_graph=True)[0]
-        for loss in (whole, sum(p[0] for p in parts))
+        torch.autograd.grad(loss, batch[0], retain_graph=True)[0] for loss in (whole, sum(p[0] for p in parts))
     ]
     torch.testing.assert_close(*gradients, atol=1e-15, rtol=1e-12)
 
@@ -124,7 +104,7 @@ def test_clipped_tokens_are_those_without_gradient():
     loss, clipped = our_loss(batch)
     gradient = torch.autograd.grad(loss, batch[0])[0]
     mask = torch.arange(T) < batch[3][:, None]
-    advantages, _ = advantages_and_weights(batch[4], batch[5], 0.3)
+    advantages = objective_table(batch[4], batch[5], 0.3).advantages
     assert 0 < clipped == (mask & (gradient == 0) & (advantages != 0)[:, None]).sum()
 
 
@@ -154,13 +134,9 @@ def test_batches_with_nothing_to_learn_from_are_zero_and_finite():
 
 
 def test_group_advantages():
-    rewards = torch.tensor(
-        [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0]]
-    )
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 0.0, 0.0]])
     advantages = group_advantages(rewards)
-    assert advantages[0, 0].item() == pytest.approx(
-        math.sqrt(3), rel=1e-3
-    )  # sqrt((1 - p) / p) at p = 1/4
+    assert advantages[0, 0].item() == pytest.approx(math.sqrt(3), rel=1e-3)  # sqrt((1 - p) / p) at p = 1/4
     assert advantages[0, 1].item() == pytest.approx(-math.sqrt(1 / 3), rel=1e-3)
     assert not advantages[1:3].any()  # all equal
     torch.testing.assert_close(advantages.sum(1), torch.zeros(4), atol=1e-6, rtol=0)
@@ -196,9 +172,7 @@ def settle(gain, integral_gain, balance, start=0.9, target=0.4, steps=3000):
 
 @pytest.mark.parametrize(("gain", "balance"), [(2.0, 1.1), (2.0, 1.3), (4.0, 1.3), (1.0, 0.95)])
 def test_the_rule_rests_at_the_predicted_offset_and_the_integral_removes_it(gain, balance):
-    assert settle(gain, 0.0, balance) == pytest.approx(
-        0.4 - (balance - 1) / gain, abs=1e-3
-    )  # H0 - (T* - 1) / gain
+    assert settle(gain, 0.0, balance) == pytest.approx(0.4 - (balance - 1) / gain, abs=1e-3)  # H0 - (T* - 1) / gain
     if abs(balance - 1) / gain < 0.1:  # the offset lies within the band where the integral runs
         assert settle(gain, 0.05, balance) == pytest.approx(0.4, abs=1e-3)
 
@@ -211,6 +185,17 @@ def test_the_integral_is_frozen_while_clipped_and_far_from_the_target():
     assert scope_temperature(0.35, 0.0, **options, integral_band=0.2)[1] == pytest.approx(0.015)
 
 
-def test_aepo_switches_at_the_target():
-    assert aepo_temperature(0.5, target=0.5) == (1.2, 1.0)
-    assert aepo_temperature(0.51, target=0.5) == (0.8, 0.5)
+def test_the_table_says_what_each_sample_weighs():
+    """The table of the module's docstring, with and without a bonus; and which rows J depends on."""
+    rewards, auxiliary = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0, 0.5])
+    table = objective_table(rewards, auxiliary, scope_weight=0.6)
+    assert table.advantages.tolist() == pytest.approx([1, -1, 0, 0, 1, 0, 0], abs=1e-3)
+    assert table.weights.tolist() == pytest.approx([1 / 4] * 4 + [0.6 / 3] * 3)
+    assert table.entropy_coefs.tolist() == [0.0] * 7
+    assert table.has_gradient().tolist() == [True, True, False, False, True, False, False]
+    with_bonus = objective_table(rewards, auxiliary, scope_weight=0.6, entropy_coef=0.3)
+    assert with_bonus.entropy_coefs.tolist() == pytest.approx([0.3] * 4 + [0.0] * 3)  # ordinary samples only
+    assert with_bonus.has_gradient().tolist() == [True] * 4 + [True, False, False]
+    assert not objective_table(rewards, auxiliary, scope_weight=0.0).has_gradient()[4:].any()
+    some = with_bonus.rows(torch.tensor([5, 0]))
+    assert [some.advantages[1], some.weights[0], some.entropy_coefs[1]] == pytest.approx([1, 0.2, 0.3], abs=1e-3)

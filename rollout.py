@@ -64,7 +64,10 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end token")
 
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass can return NaN (pytorch #196678)
+        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     body, head = model.base_model, model.get_output_embeddings()
     if bf16:
         body.forward = torch.autocast(model.device.type, torch.bfloat16)(body.forward)

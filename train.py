@@ -89,6 +89,7 @@ class Config:
     scope_integral_band: float = option(0.1, "nats from H0 within which the integral runs")
 
     # The machine: none of these changes what is computed, but for rounding
+    full_determinism: bool = option(False, "repeat runs on a GPU to the last bit; slower")
     bf16: bool = option(False, "the model's body in bfloat16; weights and logits stay float32")
     gradient_checkpointing: bool = option(False, "less memory, more time in the backward pass")
     per_device_train_batch_size: int = option(8, "completions in a forward pass of an update")
@@ -399,7 +400,10 @@ def set_up(config: Config) -> Run:
     check(longest + config.max_completion_length <= room, too_long)
 
     prompts = dict(zip(questions, prompts, strict=True))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the next line asks for on a GPU
+    torch.use_deterministic_algorithms(config.full_determinism)
+    options = {"lr": config.learning_rate, "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
     run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)
@@ -455,6 +459,9 @@ def main() -> None:
         sys.exit(f"error: {error}")
     try:
         train(run)
+    except torch.OutOfMemoryError:
+        smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
+        sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
     except (KeyboardInterrupt, FloatingPointError) as stop:
         go_on = f"python train.py --resume --output_dir {run.config.output_dir}"
         sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {go_on}")

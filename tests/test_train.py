@@ -370,7 +370,29 @@ def test_what_each_sample_weighs(arguments, tmp_path, monkeypatch):
 
 def plain_gradient_descent(monkeypatch):
     """AdamW's first step keeps only the sign of a gradient, and so magnifies rounding where it is near 0."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr=lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **rest: torch.optim.SGD(parameters, lr=lr))
+
+
+def test_out_of_memory_ends_in_one_line_that_names_settings(arguments, monkeypatch):
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit, match="lower per_device_train_batch_size") as stop:
+        train.main()
+    assert "\n" not in stop.value.code
+
+
+def test_a_checkpoint_is_read_on_the_cpu_and_determinism_is_torchs(arguments, monkeypatch):
+    """AdamW's step counters stay on the host, where they cost no waiting, and the GPU holds nothing twice."""
+    run([*arguments, "--max_steps", "2"])
+    places, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: places.append(options) or load(*given, **options))
+    train.set_up(train.parse_config([*arguments, "--resume", "--full_determinism"]))
+    assert places == [{"map_location": "cpu", "weights_only": True}]
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 def test_an_entropy_bonus_raises_the_entropy_and_only_then_is_it_differentiated(arguments, tmp_path, monkeypatch):

@@ -121,72 +121,70 @@ class Variant:
     back in the next step, and which checkpoints hold.
     """
 
-    objective_table = staticmethod(scope_rl.objective_table)
     scope_temperature = staticmethod(scope_rl.scope_temperature)
+
+    def objective_table(
+        self, rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float, entropy_coef: float
+    ) -> scope_rl.Objective:
+        table = TABLE(rewards, auxiliary_rewards, scope_weight, entropy_coef)
+        self.change(table, rewards, auxiliary_rewards, scope_weight)
+        return table
+
+    def change(self, table: scope_rl.Objective, rewards: Tensor, auxiliary: Tensor, alpha: float):
+        """Write into the table; rewards `[P, G]`, and `[N']` of the auxiliary samples."""
 
 
 class BothSigns(Variant):
     """Wrong auxiliary samples count as well, with advantage -1."""
 
-    def objective_table(self, rewards: Tensor, auxiliary_rewards: Tensor, *rest):
-        table = super().objective_table(rewards, auxiliary_rewards, *rest)
-        table.advantages[rewards.numel() :] = 2 * auxiliary_rewards - 1
-        return table
+    def change(self, table, rewards, auxiliary, alpha):
+        table.advantages[rewards.numel() :] = 2 * auxiliary - 1
 
 
 class MeanOverPositives(Variant):
     """The term is divided by the number of rewarded samples, not of all auxiliary ones."""
 
-    def objective_table(self, rewards: Tensor, auxiliary_rewards: Tensor, scope_weight, entropy_coef):
-        table = super().objective_table(rewards, auxiliary_rewards, scope_weight, entropy_coef)
-        table.weights[rewards.numel() :] = scope_weight / auxiliary_rewards.sum().clamp(min=1)
-        return table
+    def change(self, table, rewards, auxiliary, alpha):
+        table.weights[rewards.numel() :] = alpha / auxiliary.sum().clamp(min=1)
 
 
 class GroupNormalised(Variant):
     """Positives get the advantage they would have in their prompt's ordinary group, not 1."""
 
-    def objective_table(self, rewards: Tensor, auxiliary_rewards: Tensor, *rest):
-        table = super().objective_table(rewards, auxiliary_rewards, *rest)
-        prompts = torch.arange(len(auxiliary_rewards)) % len(rewards)  # they go round the prompts
-        groups = rewards[prompts]  # [N', G]
-        deviation = groups.std(1, unbiased=False) + scope_rl.ADVANTAGE_EPSILON
-        advantages = auxiliary_rewards * (1 - groups.mean(1)) / deviation
-        table.advantages[rewards.numel() :] = advantages
-        return table
+    def change(self, table, rewards, auxiliary, alpha):
+        groups = rewards[torch.arange(len(auxiliary)) % len(rewards)]  # they go round the prompts
+        deviation = groups.std(1, unbiased=False) + scope_rl.ADVANTAGE_EPSILON  # [N']
+        table.advantages[rewards.numel() :] = auxiliary * (1 - groups.mean(1)) / deviation
 
 
 class EqualGroupsDropped(Variant):
     """Groups of equal rewards do not count in GRPO's mean either (DAPO filters them out)."""
 
-    def objective_table(self, rewards: Tensor, auxiliary_rewards: Tensor, *rest):
-        table = super().objective_table(rewards, auxiliary_rewards, *rest)
+    def change(self, table, rewards, auxiliary, alpha):
         kept = (rewards.std(1, unbiased=False) > 0).repeat_interleave(rewards.shape[1])
         table.weights[: rewards.numel()] = kept / kept.sum().clamp(min=1)
-        return table
 
 
 class Aepo(Variant):
-    """AEPO, SCOPE's predecessor: T is hot at and below the target and cold above it, with no between.
+    """AEPO, SCOPE's predecessor: T is hot at and below the target, cold above it, and never between.
 
-    Of the auxiliary samples the first 60 rewarded ones count in a batch of 2,560, and half as many
-    above the target; each counts like an ordinary sample.
+    Of the auxiliary samples the first 60 rewarded ones count in a batch of 2,560, half as many above
+    the target; each counts like an ordinary sample.
     """
 
-    def scope_temperature(self, entropy: float, integral: float, *, target, minimum, maximum, **rest):
+    def scope_temperature(self, entropy, integral, *, target, minimum, maximum, **rest):
         self.is_hot = entropy <= target
-        return (maximum if self.is_hot else minimum), integral
+        return maximum if self.is_hot else minimum, integral
 
-    def objective_table(self, rewards: Tensor, auxiliary_rewards: Tensor, *rest):
-        table = super().objective_table(rewards, auxiliary_rewards, *rest)
+    def change(self, table, rewards, auxiliary, alpha):
         N = rewards.numel()
         count = round((60 if self.is_hot else 30) * N / 2560)
-        positive = auxiliary_rewards == 1
-        table.advantages[N:] = (positive & (positive.cumsum(0) <= count)).to(rewards.dtype)
+        counts = (auxiliary == 1) & (auxiliary.cumsum(0) <= count)
+        table.advantages[N:] = counts.to(rewards.dtype)
         table.weights[N:] = 1 / N
-        return table
 
 
+TABLE = scope_rl.objective_table
 VARIANTS: dict[str, type[Variant]] = {
     "both_signs": BothSigns,
     "mean_over_positives": MeanOverPositives,

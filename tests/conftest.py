@@ -17,7 +17,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train.tiny_tokenizer()
+    return transformers.AutoTokenizer.from_pretrained(train.TINY / "start-0")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from torch import Tensor
 import scope_rl
 import train
 
-sys.path.append(str(train.TINY))  # for the warm start and its tasks, which are scripts beside the model
+sys.path.append(str(train.TINY))  # for the warm start, a script beside the model
 
 import sums
 import warm_start
@@ -116,9 +116,9 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
 class Variant:
     """Takes the place of two functions of scope_rl while a run lasts; this one changes nothing.
 
-    In each step the rule is asked first and the table after, of the same object, so a rule can leave
-    word for the table. What must last longer than a step belongs in `integral`, which the rule gets
-    back in the next step, and which checkpoints hold.
+    In each step the rule is asked first and the table after, of the same object, so a rule can
+    leave word for the table. What must last longer than a step belongs in `integral`, which the
+    rule gets back in the next step, and which checkpoints hold.
     """
 
     scope_temperature = staticmethod(scope_rl.scope_temperature)
@@ -166,10 +166,10 @@ class EqualGroupsDropped(Variant):
 
 
 class Aepo(Variant):
-    """AEPO, SCOPE's predecessor: T is hot at and below the target, cold above it, and never between.
+    """AEPO, SCOPE's predecessor: T is hot at and below the target, and cold above it.
 
-    Of the auxiliary samples the first 60 rewarded ones count in a batch of 2,560, half as many above
-    the target; each counts like an ordinary sample.
+    Of the auxiliary samples the first 60 rewarded ones count in a batch of 2,560, half as many
+    above the target; each counts like an ordinary sample.
     """
 
     def scope_temperature(self, entropy, integral, *, target, minimum, maximum, **rest):
@@ -247,13 +247,14 @@ def one_run(job: tuple[str, int]) -> dict:
     ):
         run = train.set_up(train.parse_config(arguments))
         train.train(run)
-    row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy} | summary(folder)
+    row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy}
+    row |= summary(folder)
     shutil.rmtree(folder)
     return row
 
 
 def summary(folder: Path) -> dict:
-    """What a row keeps of a run: the last fifth of its steps, its evaluation, its entropy's course."""
+    """What a row keeps of a run: its last fifth, its evaluation, its entropy's course."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = steps[-len(steps) // 5 :]
     names = ("reward", "entropy", "scope_temperature")
@@ -268,7 +269,8 @@ def read_rows() -> list[dict]:
     """All rows. `error` is the root mean square of H - H0 over the last fifth, as a share of H0."""
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for row in rows:
-        row["error"] = math.hypot(row["entropy"] - row["target"], row["oscillation"]) / row["target"]
+        H, H0 = row["entropy"], row["target"]
+        row["error"] = math.hypot(H - H0, row["oscillation"]) / H0
     return rows
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, which stand beside the theory
+sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
 
 import closed_forms as cf
 

@@ -14,19 +14,19 @@ and of the problems trained on. Set beside it is what the tabular theory predict
 each token sampled, with the same weights: exact if each context had logits of its own. As contexts
 share weights, its scale means nothing, but its sign and its order can be compared.
 
-**closed_loop.** Goes on with a run of train.py from its checkpoint (in a copy), and takes apart what
-each step does to the mean token entropy H. With theta the weights, Delta the step's real change of
-them (all its gradient steps, AdamW, momentum), and H(theta) on contexts that the policy visits
-before the step,
+**closed_loop.** Goes on with a run of train.py from its checkpoint (in a copy), and takes apart
+what each step does to the mean token entropy H. With theta the weights, Delta the step's real
+change of them (all its gradient steps, AdamW, momentum), and H(theta) on contexts that the policy
+visits before the step,
 
     first       <dH/dtheta, Delta>                     what a vanishingly small step would do
     curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)     the even orders
     fixed       H(theta + Delta) - H(theta)            first, curvature, and the odd rest
     visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed
 
-`visiting` weighs the old samples by pi_new(o) / pi_old(o), so all columns are paired and their noise
-is small. With --save it also writes the policy of the *mean* weights over those steps, which is
-where the run is but for the jitter of its last steps: a model for `asymmetry`.
+`visiting` weighs the old samples by pi_new(o) / pi_old(o), so all columns are paired and their
+noise is small. With --save it also writes the policy of the *mean* weights over those steps, which
+is where the run is but for the jitter of its last steps: a model for `asymmetry`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ import rollout
 import train
 from entropy import masked_mean
 
-sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, which stand beside the theory
+sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
 
 import closed_forms as cf
 
@@ -97,7 +97,7 @@ def mean_entropy(run: train.Run, samples: rollout.Rollout) -> float:
 
 
 def direction(run: train.Run, samples: rollout.Rollout, weights: Tensor) -> tuple[Tensor, float]:
-    """Gradient of sum_i w_i 1/|o_i| sum_t log pi(o_t), weights `[B]`; and the tabular prediction."""
+    """Gradient of sum_i w_i 1/|o_i| sum_t log pi(o_t), w `[B]`; and the tabular prediction."""
     predicted = 0.0
     for rows in weights.nonzero()[:, 0].split(run.config.per_device_train_batch_size):
         ids, mask = samples.sequences[rows], samples.completion_mask[rows]  # [n, S]
@@ -133,8 +133,10 @@ def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
                 ends.append([mean_entropy(run, samples) for samples in contexts.values()])
             vector_to_parameters(theta, parameters)
             changes = (np.array(ends[0]) - ends[1]) / (2 * eta)
-            row = {"seed": seed, "temperature": T, "sign": sign, "share": chosen.float().mean().item()}
-            rows.append(row | dict(zip(contexts, changes, strict=True)) | {"predicted": predicted})
+            row = {"seed": seed, "temperature": T, "sign": sign}
+            row["share"] = chosen.float().mean().item()
+            row |= dict(zip(contexts, changes, strict=True))
+            rows.append(row | {"predicted": predicted})
     return rows
 
 
@@ -145,9 +147,7 @@ def asymmetry(args: argparse.Namespace, rest: list[str]) -> None:
     if args.save:
         with open(SIGNS, "a") as file:
             file.writelines(json.dumps({"policy": args.save} | row) + "\n" for row in rows)
-    print(
-        f"dH / d eta in nats, mean ± 2 standard errors over {args.seeds} seeds, and the tabular theory's"
-    )
+    print(f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds, and the theory's")
     columns = ("share", "held_out", "training", "predicted")
     print("sign       T" + "".join(f"{name:>19}" for name in columns))
     kinds = {(row["sign"], row["temperature"]) for row in rows}
@@ -161,9 +161,9 @@ def asymmetry(args: argparse.Namespace, rest: list[str]) -> None:
 # --- closed_loop
 @torch.no_grad()
 def entropies(run: train.Run, samples: rollout.Rollout, old: Tensor | None) -> tuple[Tensor, np.ndarray]:
-    """Log-probabilities of whole completions `[B]`, and H on their contexts and on the policy's own.
+    """Log-probabilities of whole completions `[B]`; H on their contexts and on the policy's own.
 
-    `old` is what those log-probabilities were for the policy that sampled, None if it still is that.
+    `old` is what they were for the policy that sampled; None if it still is that.
     """
     logprobs, token_entropies = (x.double() for x in train.score_all(run, samples))  # [B, S]
     total, length = token_entropies.sum(1), samples.completion_mask.sum(1)  # [B]
@@ -227,16 +227,14 @@ def main() -> None:
     signs = commands.add_parser("asymmetry", epilog="Other options are train.py's.")
     signs.set_defaults(command=asymmetry)
     signs.add_argument("--seeds", type=int, default=8)
-    signs.add_argument(
-        "--batch", type=int, default=SAMPLES, help="samples a step; half as many contexts"
-    )
+    signs.add_argument("--batch", type=int, default=SAMPLES, help="samples; half as many contexts")
     signs.add_argument("--norm", type=float, default=1e-2, help="length of the step in the weights")
-    signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl under this name")
+    signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl")
     loop = commands.add_parser("closed_loop", epilog="Other options are train.py's.")
     loop.set_defaults(command=closed_loop)
     loop.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
     loop.add_argument("--steps", type=int, default=60)
-    loop.add_argument("--save", type=Path, help="write the model of the mean weights into this folder")
+    loop.add_argument("--save", type=Path, help="a folder for the mean weights")
     args, rest = parser.parse_known_args()
     args.command(args, rest)
 

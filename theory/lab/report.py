@@ -19,7 +19,7 @@ COLUMNS = (
     ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
     ("scope_temperature", "oscillation", "pass@4", "pass@16"),
 )
-DIFFERENCES = ("reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
+DIFFERENCES = ("entropy", "reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
 # The rows and columns of `control` that README.md shows.
 SHOWN = (
     "GRPO", "entropy bonus 0.1", "AEPO", "constant T = 1.3", "SCOPE, published rule, H0 0.4",
@@ -29,14 +29,17 @@ SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
 LEGEND = """# All tables
 
 Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
-what they mean. Reward, entropy (nats a token), T and oscillation (the standard deviation from step
-to step) are of the last fifth of the steps. `error` is the root mean square of H - H0 there, as a
-share of H0 (0.4 where a method has no target). Pass@k and `distinct_correct`, the number of
-different right answers, are of 64 samples for each of 128 problems that no run trains on. No ± is
-shown where there is one seed, or where all seeds agree to the last digit. A difference marked *
-excludes zero even at the confidence at which all intervals of its table hold at once, 95 times in
-100 (Bonferroni). "Between warm starts" is the share of the variance over seeds that the two warm
-starts account for.
+what they mean.
+
+- Reward, entropy (nats a token), T and oscillation (the standard deviation over the steps, what
+  trend is left included) are of the last fifth of the steps.
+- `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
+- Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
+  128 problems that no run trains on.
+- No ± is shown where there is one seed, or where all seeds agree.
+- A difference marked * excludes zero even at the level at which all intervals of its table hold at
+  once, 95 times in 100 (Bonferroni).
+- "Between warm starts" is the share of the variance over seeds that the two warm starts make.
 """
 
 
@@ -60,16 +63,16 @@ def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
 
 
 def show(values: list[float], sign: str = "") -> str:
-    """`mean ± half of the interval`, of which two digits are shown; or the value alone."""
+    """`mean ± half of the interval`, to two digits of that, but at most four decimals."""
     mean, half = interval(values)
     if math.isnan(half) or half < 1e-9:
         return f"{mean:{sign}.3f}"
-    digits = max(0, 1 - math.floor(math.log10(half)))
+    digits = min(4, max(0, 1 - math.floor(math.log10(half))))
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
-    """Where the published rule should rest: where T = 1 + H0 - H meets the balance temperature T*(H).
+    """The rest of the published rule: where T = 1 + H0 - H meets the balance temperature T*(H).
 
     `points` are pairs (H, T*) at which *other* runs rest (a constant T, or the integral's), to be
     joined by lines; nats, temperature.
@@ -125,7 +128,7 @@ def differences(cells: Cells, columns: tuple[str, ...]) -> str:
 
 
 def spread(cells: Cells) -> str:
-    """How far seeds lie apart in H, how much of that the two warm starts make, how far H still moves."""
+    """How far seeds lie apart in H, how much of it the warm starts make, how far H still moves."""
     rows = []
     for label, cell in cells.items():
         H = np.array([cell[seed]["entropy"] for seed in cell])
@@ -145,8 +148,8 @@ def seed_by_seed(cells: Cells) -> str:
     rows = []
     for label, cell in cells.items():
         runs = [cell.get(seed) for seed in seeds]
-        texts = [f"{run['entropy']:.3f}, {run['scope_temperature']:.2f}" if run else "" for run in runs]
-        rows.append([label, *texts])
+        shown = [f"{r['entropy']:.3f}, {r['scope_temperature']:.2f}" if r else "" for r in runs]
+        rows.append([label, *shown])
     return markdown(["H, T", *(f"seed {seed}" for seed in seeds)], rows)
 
 
@@ -166,7 +169,8 @@ def offsets(cells: Cells) -> str:
         measured = [cell[seed]["entropy"] for seed in seeds]
         gaps = np.subtract(measured, predicted).tolist()
         rows.append([H0, len(seeds), show(predicted), show(measured), show(gaps, "+")])
-    return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
+    header = ["H0, published rule", "seeds", "H predicted", "H measured", "difference"]
+    return markdown(header, rows)
 
 
 def shown_control() -> str:
@@ -190,7 +194,7 @@ def document() -> str:
 
 # --- Figures
 def draw(path: Path, cells: Cells) -> None:
-    """Entropy over the run; against it, Pass@1 minus the first label's (paired), and right answers."""
+    """Entropy over the run; against it, Pass@1 minus the first label's, and right answers."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")

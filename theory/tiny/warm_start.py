@@ -2,7 +2,7 @@
 
 RL needs a policy that is right now and then. A language model has that from its pretraining; the
 tiny one gets it here, by supervised training on random right answers. It is stopped early on
-purpose: it then solves almost half of the problems with plenty of entropy, which is where RL starts.
+purpose: it then solves about half of the problems with plenty of entropy, where RL starts.
 
 start-0 and start-1, beside this file, are what seeds 0 and 1 give (two minutes on one core). The
 experiments' second policy is a Llama that answers sums:

@@ -186,9 +186,9 @@ def document() -> str:
         cells = cells_of(name)
         parts.append(f"## {name}\n")
         parts += [means(name, cells, columns) for columns in COLUMNS]
-        parts.append(differences(cells, DIFFERENCES))
+        parts += [differences(cells, DIFFERENCES), seed_by_seed(cells)]
         if name == "control":
-            parts += [spread(cells), seed_by_seed(cells), offsets(cells)]
+            parts += [spread(cells), offsets(cells)]
     return "\n".join(parts)
 
 

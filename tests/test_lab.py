@@ -14,6 +14,7 @@ import probes
 import report
 import reward
 import scope_rl
+import sums
 import train
 from entropy import token_entropy
 
@@ -84,19 +85,14 @@ def test_a_variants_run_leaves_a_row_and_resumes_as_if_it_had_not_stopped(tmp_pa
     usual, train_step, asked = scope_rl.objective_table, train.train_step, []
     options = (
         "@aepo --scope_temperature_min 0.8 --scope_temperature_max 1.3 --scope_target_entropy 2"
-        " --max_steps 35 --save_steps 2 --generation_batch_size 8 --num_generations 4"
+        " --scope_gain 0 --max_steps 35 --save_steps 2 --generation_batch_size 8 --num_generations 4"
         " --num_eval_problems 2 --num_eval_generations 4"
     )
     whole = experiments.one_run((options, 1))
     assert scope_rl.objective_table is usual
     assert not list(tmp_path.iterdir())  # what the row keeps is enough
-    names = ("options", "seed", "target", "scope_temperature")
-    assert [whole[name] for name in names] == [
-        options,
-        1,
-        2.0,
-        pytest.approx(1.3),
-    ]  # hot, as 2 is out of reach
+    assert [whole[name] for name in ("options", "seed", "target")] == [options, 1, 2.0]
+    assert whole["scope_temperature"] == pytest.approx(1.3)  # SCOPE's rule with a gain of 0 says 1
     assert {"reward", "entropy", "oscillation", "pass@1", "pass@4", "distinct_correct"} < whole.keys()
     assert len(whole["entropies"]) == 35
     assert np.mean(whole["entropies"][-7:]) == pytest.approx(whole["entropy"], abs=1e-4)
@@ -129,15 +125,18 @@ def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatc
 
 def test_the_llama_is_made_once_from_its_own_task(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path)
-    full = experiments.warm_start.warm_start
-    monkeypatch.setattr(
-        experiments.warm_start, "warm_start", lambda *a, **k: full(*a, **k | {"steps": 2})
-    )
+    full, made = experiments.warm_start.warm_start, []
+
+    def short(folder, config, example, steps, seed):
+        made.append((example, seed))
+        full(folder, config, example, 2, seed)
+
+    monkeypatch.setattr(experiments.warm_start, "warm_start", short)
     folder = experiments.start(f"{experiments.SUMS} --algorithm grpo", 3)
     assert folder == tmp_path / "llama-1"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
-    monkeypatch.setattr(experiments.warm_start, "warm_start", lambda *a, **k: pytest.fail("made twice"))
     assert experiments.start(f"{experiments.SUMS} --algorithm grpo", 1) == folder
+    assert made == [(sums.example, 1)]
     assert experiments.start("--algorithm grpo", 2) == train.TINY / "start-0"
 
 

@@ -234,8 +234,8 @@ def one_run(job: tuple[str, int]) -> dict:
     torch.set_num_threads(1)
     folder = WORK / f"{zlib.crc32(options.encode()):08x}-{seed}"
     variant, own = variant_and_arguments(options)
-    common = f"--preset tiny --model {start(options, seed)} --seed {seed} --logging_steps 0"
-    arguments = [*common.split(), "--output_dir", str(folder), *own]
+    arguments = ["--preset", "tiny", "--model", str(start(options, seed)), "--seed", str(seed)]
+    arguments += ["--output_dir", str(folder), "--logging_steps", "0", *own]
     if (folder / "config.json").exists():
         arguments.append("--resume")
     functions = {name: getattr(variant, name) for name in ("objective_table", "scope_temperature")}

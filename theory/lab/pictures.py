@@ -1,16 +1,16 @@
-"""Draw theory/crossing.png and theory/simplex.png:  `python theory/pictures.py`  (needs the extra `plot`)."""
+"""Draw the two pictures of theory/README.md:  `python theory/lab/pictures.py`  (extra `plot`)"""
 
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
+
 import closed_forms as cf
 
-FOLDER = Path(__file__).parent
+THEORY = Path(__file__).parents[1]
 POLICIES = {  # probabilities and which tokens are rewarded
     "a rare right token": ([0.6, 0.3, 0.06, 0.04], [1, 0, 1, 0]),
     "the likeliest wrong": ([0.6, 0.3, 0.06, 0.04], [0, 1, 1, 0]),
@@ -40,7 +40,7 @@ def draw_crossing() -> None:
         axis.set(xscale="log", xlabel="sampling temperature T", title=title)
     axes[0].set_ylabel("dH / d eta, nats")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(FOLDER / "crossing.png", dpi=110)
+    figure.savefig(THEORY / "crossing.png", dpi=110)
 
 
 def draw_simplex(n: int = 300) -> None:
@@ -64,10 +64,10 @@ def draw_simplex(n: int = 300) -> None:
     axis.set_title("T above which reinforcing rewarded samples raises entropy", fontsize=10)
     bar = figure.colorbar(mesh, ticks=[-1, -0.5, 0, 0.5, 1])
     bar.set_ticklabels(["always", "0.3", "1", "3", "never"])
-    figure.savefig(FOLDER / "simplex.png", dpi=110)
+    figure.savefig(THEORY / "simplex.png", dpi=110)
 
 
 if __name__ == "__main__":
     draw_crossing()
     draw_simplex()
-    print(f"crossing.png and simplex.png are in {FOLDER}")
+    print(f"crossing.png and simplex.png are in {THEORY}")

@@ -1,7 +1,9 @@
-"""Tables and figures of the experiments: means over seeds with 95% intervals, and differences paired by seed.
+"""Tables and figures of the rows:  `python theory/lab/report.py`  (figures need the extra `plot`)
 
-`cells` below is label -> seed -> row, a row being what experiments.py wrote of one run. An interval is Student's t over
-the seeds. Differences are taken seed by seed first: two runs of one seed share warm start, problems and their order.
+Writes tables.md and the folder figures/. Below, `cells` is label -> seed -> row, a row being what
+experiments.py keeps of one run. "±" is half of a 95% interval: Student's t over the seeds.
+Differences are taken seed by seed first, as two runs of one seed share warm start, problems and
+their order.
 """
 
 import math
@@ -9,67 +11,71 @@ from pathlib import Path
 
 import numpy as np
 
-T_95 = {
-    1: 12.71,
-    2: 4.30,
-    3: 3.18,
-    4: 2.78,
-    5: 2.57,
-    6: 2.45,
-    7: 2.36,
-}  # Student's t by degrees of freedom
-TABLES = [
+import experiments
+
+FOLDER = Path(__file__).parent
+Cells = dict[str, dict[int, dict]]
+COLUMNS = (
     ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
     ("scope_temperature", "oscillation", "pass@4", "pass@16"),
-]
-DIFFERENCES = ("reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
+)
+DIFFERENCES = ("entropy", "reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
+# The rows and columns of `control` that README.md shows.
+SHOWN = (
+    "GRPO", "entropy bonus 0.1", "AEPO", "constant T = 1.3", "SCOPE, published rule, H0 0.4",
+    *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)),
+)  # fmt: skip
+SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
+LEGEND = """# All tables
+
+Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
+what they mean.
+
+- Reward, entropy (nats a token), T and oscillation (the standard deviation over the steps, what
+  trend is left included) are of the last fifth of the steps.
+- `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
+- Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
+  128 problems that no run trains on.
+- No ± is shown where there is one seed, or where all seeds agree.
+- A difference marked * excludes zero even at the level at which all intervals of its table hold at
+  once, 95 times in 100 (Bonferroni).
+- "Between warm starts" is the share of the variance over seeds that the two warm starts make.
+"""
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half of its 95% interval (Student's t; NaN for one value)."""
+# --- Statistics
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """The t that a Student variable stays within, on either side of 0, with probability `level`.
+
+    With t = sqrt(freedom) tan(angle) its density is proportional to cos(angle)^(freedom - 1).
+    """
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(freedom) * math.tan(np.interp(level, mass / mass[-1], angles))
+
+
+def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Mean, and half of its interval; NaN for one value."""
     n = len(values)
-    half = T_95.get(n - 1, 2.0) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    half = student_t(n - 1, level) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), float(half)
 
 
 def show(values: list[float], sign: str = "") -> str:
-    """`mean ± half of the interval`, or the value alone."""
+    """`mean ± half of the interval`, to two digits of that, but at most four decimals."""
     mean, half = interval(values)
-    return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def tables(experiment: str, cells: dict[str, dict[int, dict]]) -> str:
-    """Means and 95% intervals over the seeds; then differences from the first label, paired by seed."""
-    parts = []
-    reference, base = next(iter(cells.items()))
-    there = set.intersection(*(set(row) for cell in cells.values() for row in cell.values()))
-    for columns in TABLES:
-        names = [name for name in columns if name in there]
-        rows = []
-        for label, cell in cells.items():
-            rows.append(
-                [label, len(cell), *(show([row[name] for row in cell.values()]) for name in names)]
-            )
-        parts.append(markdown([experiment, "seeds", *names], rows))
-    names, rows = [name for name in DIFFERENCES if name in there], []
-    for label, cell in cells.items():
-        seeds = sorted(cell.keys() & base.keys())
-        gains = [[cell[seed][name] - base[seed][name] for seed in seeds] for name in names]
-        rows.append([label, len(seeds), *(show(values, "+") for values in gains)])
-    parts.append(markdown([f"minus {reference}, paired", "seeds", *names], rows[1:]))
-    return "\n".join(parts)
+    if math.isnan(half) or half < 1e-9:
+        return f"{mean:{sign}.3f}"
+    digits = min(4, max(0, 1 - math.floor(math.log10(half))))
+    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
-    """Where the published rule should rest: where T = 1 + H0 - H meets the balance temperature T*(H).
+    """The rest of the published rule: where T = 1 + H0 - H meets the balance temperature T*(H).
 
-    Args:
-        points: (H, T*) at which *other* runs rest (constant T, integral), to be joined by lines; nats, temperature.
+    `points` are pairs (H, T*) at which *other* runs rest (a constant T, or the integral's), to be
+    joined by lines; nats, temperature.
     """
     H = np.linspace(0, 1, 10_001)
     entropies, temperatures = zip(*sorted(points), strict=True)
@@ -77,54 +83,155 @@ def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
     return float(H[np.abs(1 + H0 - H - balance).argmin()])
 
 
-def offsets(cells: dict[str, dict[int, dict]]) -> str:
-    """Each seed's rest under the published rule, predicted from that seed's runs under other rules, and measured."""
+# --- Tables
+def cells_of(experiment: str) -> Cells:
+    """The rows of an experiment, for its labels that have any."""
+    rows, cells = experiments.read_rows(), {}
+    for label, options in experiments.EXPERIMENTS[experiment].items():
+        cells[label] = {row["seed"]: row for row in rows if row["options"] == options}
+    return {label: cell for label, cell in cells.items() if cell}
+
+
+def markdown(header: list, rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def means(title: str, cells: Cells, columns: tuple[str, ...]) -> str:
+    """Means over the seeds of the columns."""
     rows = []
-    others = [
-        "constant T = 1.0",
-        "constant T = 1.3",
-        *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)),
+    for label, cell in cells.items():
+        values = [[row[name] for row in cell.values()] for name in columns]
+        rows.append([label, len(cell), *map(show, values)])
+    return markdown([title, "seeds", *columns], rows)
+
+
+def differences(cells: Cells, columns: tuple[str, ...]) -> str:
+    """Differences from the first label, paired by seed; * marks those beyond chance in so many."""
+    (reference, base), *others = cells.items()
+    gains = {}
+    for label, cell in others:
+        seeds = sorted(cell.keys() & base.keys())
+        for name in columns:
+            gains[label, name] = [cell[seed][name] - base[seed][name] for seed in seeds]
+    level = 1 - 0.05 / max(1, sum(len(values) > 1 for values in gains.values()))
+    shown = {}
+    for key, values in gains.items():
+        mean, half = interval(values, level)
+        shown[key] = show(values, "+") + (" *" if abs(mean) > half > 0 else "")
+    rows = [
+        [label, len(gains[label, columns[0]]), *(shown[label, name] for name in columns)]
+        for label, _ in others
     ]
+    return markdown([f"minus {reference}, paired", "seeds", *columns], rows)
+
+
+def spread(cells: Cells) -> str:
+    """How far seeds lie apart in H, how much of it the warm starts make, how far H still moves."""
+    rows = []
+    for label, cell in cells.items():
+        H = np.array([cell[seed]["entropy"] for seed in cell])
+        starts = np.array([H[[seed % 2 == s for seed in cell]].mean() for s in (0, 1)])
+        share = np.var(starts[[seed % 2 for seed in cell]]) / np.var(H)
+        fifths = [np.array(row["entropies"]).reshape(5, -1).mean(1) for row in cell.values()]
+        drift = [fifth[-1] - fifth[-2] for fifth in fifths]
+        cells_shown = [f"{H.std(ddof=1):.3f}", f"{share:.0%}", show(drift, "+")]
+        rows.append([label, len(cell), *cells_shown])
+    header = ["entropy", "seeds", "standard deviation over seeds", "between warm starts"]
+    return markdown([*header, "last fifth minus the one before"], rows)
+
+
+def seed_by_seed(cells: Cells) -> str:
+    """H and T of every run."""
+    seeds = sorted({seed for cell in cells.values() for seed in cell})
+    rows = []
+    for label, cell in cells.items():
+        runs = [cell.get(seed) for seed in seeds]
+        shown = [f"{r['entropy']:.3f}, {r['scope_temperature']:.2f}" if r else "" for r in runs]
+        rows.append([label, *shown])
+    return markdown(["H, T", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def offsets(cells: Cells) -> str:
+    """Each seed's rest under the published rule: predicted from its other runs, and measured."""
+    others = [f"constant T = {T}" for T in (1.0, 1.3)]
+    others += [f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)]
+    rows = []
     for H0 in (0.3, 0.4, 0.5):
         cell = cells[f"SCOPE, published rule, H0 {H0}"]
         seeds = sorted(cell.keys() & set.intersection(*(set(cells[label]) for label in others)))
-        points = {
-            s: [(cells[o][s]["entropy"], cells[o][s]["scope_temperature"]) for o in others]
-            for s in seeds
-        }
-        predicted = np.array([predicted_rest(points[s], H0) for s in seeds])
-        measured = np.array([cell[s]["entropy"] for s in seeds])
-        rows.append([H0, len(seeds), show(predicted), show(measured), show(measured - predicted, "+")])
-    return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
+        predicted = []
+        for seed in seeds:
+            runs = [cells[label][seed] for label in others]
+            points = [(run["entropy"], run["scope_temperature"]) for run in runs]
+            predicted.append(predicted_rest(points, H0))
+        measured = [cell[seed]["entropy"] for seed in seeds]
+        gaps = np.subtract(measured, predicted).tolist()
+        rows.append([H0, len(seeds), show(predicted), show(measured), show(gaps, "+")])
+    header = ["H0, published rule", "seeds", "H predicted", "H measured", "difference"]
+    return markdown(header, rows)
 
 
-def draw(path: Path, cells: dict[str, dict[int, dict]]) -> None:
-    """Entropy over the run; against it, Pass@1 minus the first label's (paired), and distinct right answers."""
+def shown_control() -> str:
+    """The eight rows of `control` that README.md shows."""
+    cells = cells_of("control")
+    return means("control", {label: cells[label] for label in SHOWN}, SHOWN_COLUMNS)
+
+
+def document() -> str:
+    """All of tables.md."""
+    parts = [LEGEND]
+    for name in experiments.EXPERIMENTS:
+        cells = cells_of(name)
+        parts.append(f"## {name}\n")
+        parts += [means(name, cells, columns) for columns in COLUMNS]
+        parts += [differences(cells, DIFFERENCES), seed_by_seed(cells)]
+        if name == "control":
+            parts += [spread(cells), offsets(cells)]
+    return "\n".join(parts)
+
+
+# --- Figures
+def draw(path: Path, cells: Cells) -> None:
+    """Entropy over the run; against it, Pass@1 minus the first label's, and right answers."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     reference, base = next(iter(cells.items()))
     for i, (label, cell) in enumerate(cells.items()):
         color, rows = plt.cm.tab20(i % 20), list(cell.values())
-        curves = [
-            interval([row["entropies"][k] for row in rows]) for k in range(len(rows[0]["entropies"]))
-        ]
-        mean, half = np.nan_to_num(np.array(curves)).T
+        curves = np.array(
+            [interval(parts) for parts in zip(*(row["entropies"] for row in rows), strict=True)]
+        )
+        mean, half = np.nan_to_num(curves).T
         share = (np.arange(len(mean)) + 0.5) / len(mean)
         axes[0].plot(share, mean, label=label, color=color)
         axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-        gains = [row["pass@1"] - base[seed]["pass@1"] for seed, row in cell.items() if seed in base]
+
         x, dx = interval([row["entropy"] for row in rows])
-        for axis, values in zip(
-            axes[1:], (gains, [row["distinct_correct"] for row in rows]), strict=True
-        ):
+        gains = [row["pass@1"] - base[seed]["pass@1"] for seed, row in cell.items() if seed in base]
+        distinct = [row["distinct_correct"] for row in rows]
+        for axis, values in zip(axes[1:], (gains, distinct), strict=True):
             y, dy = interval(values)
             axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
     axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
-    axes[1].set(xlabel="entropy, last fifth of the run", ylabel=f"Pass@1 minus {reference}'s, paired")
-    axes[2].set(
-        xlabel="entropy, last fifth of the run",
-        ylabel="distinct right answers of a problem's samples",
-    )
+    axes[1].set(ylabel=f"Pass@1 minus {reference}'s, paired")
+    axes[2].set(ylabel="distinct right answers of a problem's samples")
+    for axis in axes[1:]:
+        axis.set(xlabel="entropy, last fifth of the run")
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write tables.md and the figures."""
+    (FOLDER / "tables.md").write_text(document())
+    for name in experiments.EXPERIMENTS:
+        draw(FOLDER / "figures" / f"{name}.png", cells_of(name))
+    print(f"tables.md and figures/ are in {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

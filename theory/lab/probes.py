@@ -1,0 +1,243 @@
+"""Two looks at what moves the entropy of a transformer (theory/README.md, section 10).
+
+    python theory/lab/probes.py asymmetry [--save POLICY] [train.py's options]
+    python theory/lab/probes.py closed_loop OUTPUT_DIR [--steps 60] [train.py's options]
+
+**asymmetry.** The theorem is about one softmax with free logits. Here a policy, a real network,
+takes one small gradient step on a batch of its own samples, drawn at T, with one sign:
+
+    positive:  theta + eta * grad  1/N sum_{i: R_i = 1} 1/|o_i| sum_t log pi(o_t)
+    negative:  theta - eta * grad  1/N sum_{i: R_i = 0} 1/|o_i| sum_t log pi(o_t)
+
+and its exact token entropy is measured before and after on fixed contexts: of held-out problems,
+and of the problems trained on. Set beside it is what the tabular theory predicts, -+(g_a - gbar) of
+each token sampled, with the same weights: exact if each context had logits of its own. As contexts
+share weights, its scale means nothing, but its sign and its order can be compared.
+
+**closed_loop.** Goes on with a run of train.py from its checkpoint (in a copy), and takes apart
+what each step does to the mean token entropy H. With theta the weights, Delta the step's real
+change of them (all its gradient steps, AdamW, momentum), and H(theta) on contexts that the policy
+visits before the step,
+
+    first       <dH/dtheta, Delta>                     what a vanishingly small step would do
+    curvature   [H(theta + Delta) + H(theta - Delta)] / 2 - H(theta)     the even orders
+    fixed       H(theta + Delta) - H(theta)            first, curvature, and the odd rest
+    visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed
+
+`visiting` weighs the old samples by pi_new(o) / pi_old(o), so all columns are paired and their
+noise is small. With --save it also writes the policy of the *mean* weights over those steps, which
+is where the run is but for the jitter of its last steps: a model for `asymmetry`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+import rollout
+import train
+from entropy import masked_mean
+
+sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
+
+import closed_forms as cf
+
+SIGNS = Path(__file__).parent / "signs.jsonl"
+TEMPERATURES = (0.6, 0.8, 1.0, 1.2, 1.4)
+SAMPLES = 2048  # of the policy, for each step looked at
+
+
+# --- What both need
+def set_up(rest: list[str], resumed: Path | None = None) -> train.Run:
+    """A run of train.py with these options, in a temporary folder; a copy of `resumed` goes on."""
+    with tempfile.TemporaryDirectory() as folder:
+        if resumed is not None:
+            for name in ("config.json", "checkpoint.pt", "metrics.jsonl"):
+                shutil.copy(resumed / name, folder)
+            rest = ["--resume", *rest]
+        return train.set_up(train.parse_config([*rest, "--output_dir", folder]))
+
+
+def draw(run: train.Run, problems: list, count: int, T: float) -> tuple[rollout.Rollout, Tensor]:
+    """`count` samples at temperature T, going round the problems, and their rewards."""
+    chosen = [problems[i % len(problems)] for i in range(count)]
+    return train.sample(run, chosen, torch.full((count,), T))
+
+
+def weights_of(run: train.Run) -> Tensor:
+    """All parameters in a row, a copy."""
+    return parameters_to_vector(run.model.parameters()).detach().clone()
+
+
+def take_gradient(run: train.Run) -> Tensor:
+    """What is in .grad, in a row; leaves nothing there."""
+    gradient = torch.cat([p.grad.flatten() for p in run.model.parameters()])
+    run.optimizer.zero_grad()
+    return gradient
+
+
+def two_errors(values: np.ndarray) -> np.ndarray:
+    """Two standard errors of the mean over rows."""
+    return 2 * values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
+
+
+# --- asymmetry
+def mean_entropy(run: train.Run, samples: rollout.Rollout) -> float:
+    """Mean token entropy in nats of the present policy on the contexts of given samples."""
+    entropies = train.score_all(run, samples)[1]
+    return masked_mean(entropies.double(), samples.completion_mask).item()
+
+
+def direction(run: train.Run, samples: rollout.Rollout, weights: Tensor) -> tuple[Tensor, float]:
+    """Gradient of sum_i w_i 1/|o_i| sum_t log pi(o_t), w `[B]`; and the tabular prediction."""
+    predicted = 0.0
+    for rows in weights.nonzero()[:, 0].split(run.config.per_device_train_batch_size):
+        ids, mask = samples.sequences[rows], samples.completion_mask[rows]  # [n, S]
+        logprobs, _ = rollout.score(run.model, samples, rows)
+        (weights[rows] * masked_mean(logprobs, mask, dim=1)).sum().backward()
+
+        with torch.no_grad():
+            logits = run.model(input_ids=ids, use_cache=False).logits[:, :-1]  # [n, S - 1, V]
+        g, gbar = cf.sensitivity(logits.double())  # of the token that follows
+        change = gbar - g.gather(-1, ids[:, 1:, None])[..., 0]  # -(g_a - gbar)  [n, S - 1]
+        predicted += (weights[rows] * masked_mean(change, mask[:, 1:], dim=1)).sum().item()
+    return take_gradient(run), predicted
+
+
+def measure(run: train.Run, seed: int, batch: int, norm: float) -> list[dict]:
+    """A row a temperature and sign: measured and predicted entropy change, per unit of eta."""
+    torch.manual_seed(seed)
+    parameters, theta, rows = list(run.model.parameters()), weights_of(run), []
+    contexts = {
+        "held_out": draw(run, run.task.test, batch // 2, 1.0)[0],
+        "training": draw(run, run.task.train, batch // 2, 1.0)[0],
+    }
+    for T in TEMPERATURES:
+        samples, rewards = draw(run, run.task.train, batch, T)
+        for sign, factor, chosen in (("positive", 1, rewards == 1), ("negative", -1, rewards == 0)):
+            if not chosen.any():
+                continue  # a policy that is always right at this temperature
+            gradient, predicted = direction(run, samples, factor * chosen / batch)
+            eta = norm / max(gradient.norm().item(), 1e-12)  # steps of one length
+            ends = []
+            for side in (1, -1):  # a central difference
+                vector_to_parameters(theta + side * eta * gradient, parameters)
+                ends.append([mean_entropy(run, samples) for samples in contexts.values()])
+            vector_to_parameters(theta, parameters)
+            changes = (np.array(ends[0]) - ends[1]) / (2 * eta)
+            row = {"seed": seed, "temperature": T, "sign": sign}
+            row["share"] = chosen.float().mean().item()
+            row |= dict(zip(contexts, changes, strict=True))
+            rows.append(row | {"predicted": predicted})
+    return rows
+
+
+def asymmetry(args: argparse.Namespace, rest: list[str]) -> None:
+    """Measure with every seed, print the table."""
+    run = set_up(rest)
+    rows = [row for seed in range(args.seeds) for row in measure(run, seed, args.batch, args.norm)]
+    if args.save:
+        with open(SIGNS, "a") as file:
+            file.writelines(json.dumps({"policy": args.save} | row) + "\n" for row in rows)
+    print(f"dH / d eta, nats: mean ± 2 standard errors over {args.seeds} seeds, and the theory's")
+    columns = ("share", "held_out", "training", "predicted")
+    print("sign       T" + "".join(f"{name:>19}" for name in columns))
+    kinds = {(row["sign"], row["temperature"]) for row in rows}
+    for sign, T in sorted(kinds, key=lambda kind: (kind[0] == "negative", kind[1])):
+        cell = [row for row in rows if (row["sign"], row["temperature"]) == (sign, T)]
+        values = np.array([[row[name] for name in columns] for row in cell])  # [seeds, columns]
+        pairs = zip(values.mean(0), two_errors(values), strict=True)
+        print(f"{sign:<9} {T}" + "".join(f"{mean:>+10.4f} ± {error:.4f}" for mean, error in pairs))
+
+
+# --- closed_loop
+@torch.no_grad()
+def entropies(run: train.Run, samples: rollout.Rollout, old: Tensor | None) -> tuple[Tensor, np.ndarray]:
+    """Log-probabilities of whole completions `[B]`; H on their contexts and on the policy's own.
+
+    `old` is what they were for the policy that sampled; None if it still is that.
+    """
+    logprobs, token_entropies = (x.double() for x in train.score_all(run, samples))  # [B, S]
+    total, length = token_entropies.sum(1), samples.completion_mask.sum(1)  # [B]
+    ratio = torch.ones_like(total) if old is None else (logprobs.sum(1) - old).exp()  # [B]
+    fixed = total.sum() / length.sum()
+    visited = (ratio * total).sum() / (ratio * length).sum()
+    return logprobs.sum(1), np.array([fixed.item(), visited.item()])
+
+
+def entropy_gradient(run: train.Run, samples: rollout.Rollout) -> Tensor:
+    """dH / dtheta on the contexts of the samples."""
+    tokens = samples.completion_mask.sum()
+    rows = torch.arange(len(samples.texts), device=tokens.device)
+    for micro in rows.split(run.config.per_device_train_batch_size):
+        (rollout.score(run.model, samples, micro)[1].sum() / tokens).backward()
+    return take_gradient(run)
+
+
+def one_step(run: train.Run) -> dict[str, float]:
+    """Train one step; return the parts of its entropy change, in nats, and H and T before it."""
+    torch.manual_seed(run.step)
+    samples, _ = draw(run, run.task.train, SAMPLES, 1.0)
+    old, (H, _) = entropies(run, samples, None)
+    gradient, theta = entropy_gradient(run, samples), weights_of(run)
+    metrics, _ = train.train_step(run)
+    new_theta, ends = weights_of(run), {}
+    for sign, point in (("-", 2 * theta - new_theta), ("+", new_theta)):  # the new weights stay
+        vector_to_parameters(point, run.model.parameters())
+        ends[sign] = entropies(run, samples, old)[1] - H
+    return {
+        "H": H,
+        "T": metrics["scope_temperature"],
+        "first": (gradient.double() @ (new_theta - theta).double()).item(),
+        "curvature": (ends["+"][0] + ends["-"][0]) / 2,
+        "fixed": ends["+"][0],
+        "visiting": ends["+"][1] - ends["+"][0],
+    }
+
+
+def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
+    """Go on with the run; print the parts as means a step."""
+    run = set_up(rest, args.output_dir)
+    total, rows = 0.0, []
+    for _ in tqdm(range(args.steps)):
+        rows.append(one_step(run))
+        total = total + weights_of(run)
+    values = np.array([list(row.values()) for row in rows])  # [steps, columns]
+    pairs = zip(rows[0], values.mean(0), two_errors(values), strict=True)
+    print(f"entropy change a step in nats, mean ± 2 standard errors over {args.steps} steps")
+    print(", ".join(f"{name} {mean:+.5f} ± {error:.5f}" for name, mean, error in pairs))
+    if args.save:
+        vector_to_parameters(total / args.steps, run.model.parameters())
+        run.model.save_pretrained(args.save)
+        run.tokenizer.save_pretrained(args.save)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    signs = commands.add_parser("asymmetry", epilog="Other options are train.py's.")
+    signs.set_defaults(command=asymmetry)
+    signs.add_argument("--seeds", type=int, default=8)
+    signs.add_argument("--batch", type=int, default=SAMPLES, help="samples; half as many contexts")
+    signs.add_argument("--norm", type=float, default=1e-2, help="length of the step in the weights")
+    signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl")
+    loop = commands.add_parser("closed_loop", epilog="Other options are train.py's.")
+    loop.set_defaults(command=closed_loop)
+    loop.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
+    loop.add_argument("--steps", type=int, default=60)
+    loop.add_argument("--save", type=Path, help="a folder for the mean weights")
+    args, rest = parser.parse_known_args()
+    args.command(args, rest)
+
+
+if __name__ == "__main__":
+    main()

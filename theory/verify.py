@@ -23,7 +23,7 @@ def random_policies(count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
     Logits spread by 0.1 to 10, 0 to 100% of the tokens rewarded (half with grades), T 0.05 to 20.
     """
-    sizes = torch.cat([torch.tensor([2.0, 3.0]), 2 * 500 ** torch.rand(48)]).round()
+    sizes = (2 * 500 ** torch.linspace(0, 1, 50)).round()
     counts = count * sizes**-0.5 / (sizes**-0.5).sum()  # fewer of the large
     for V, B in zip(sizes.int().tolist(), counts.ceil().int().tolist(), strict=True):
         z = torch.randn(B, V) * 10 ** (2 * torch.rand(B, 1) - 1)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,6 +295,8 @@ def test_each_hypothesis_is_needed():
     z, w = policy([8, 7, 3, 3], [0, 1, 0, 0])
     assert cf.dh_objective(z, w, 0.25).item() == pytest.approx(-0.007984, abs=1e-6)
     assert cf.dh_objective_dt(z, w, 0.25).item() == pytest.approx(-0.007859, abs=1e-6)
+    drawn = [torch.softmax(z / T, -1)[1].item() for T in (0.25, 0.4, 1.0)]
+    assert drawn == pytest.approx([0.361, 0.379, 0.333], abs=5e-4)
     # Weighted with GRPO's advantage: dH < 0 and it falls with T, though dH+ itself rises.
     z, w = policy([10, 4, 3, 1], [1, 0, 0, 1])
     assert limits.dh_normalised(z, w, 0.5).item() == pytest.approx(-0.068036, abs=1e-6)
@@ -324,6 +327,26 @@ def test_crossing_temperature_is_the_only_sign_change():
         torch.testing.assert_close(hot, limit, atol=1e-5, rtol=1e-4)
         assert (crossing[limit < -1e-6] == math.inf).all()
         assert (crossing[limit > 1e-3] < math.inf).all()
+
+
+def test_the_crossing_over_the_simplex():
+    """Three tokens, the last one wrong: what theory/README.md says of the picture (section 4)."""
+    first, second = torch.meshgrid(*[(torch.arange(300).double() + 0.5) / 300] * 2, indexing="xy")
+    p = torch.stack([first, second, 1 - first - second], -1)[first + second < 1 - 1e-9]
+    w = torch.tensor([1.0, 1, 0], dtype=torch.float64).expand_as(p)
+    crossing = cf.crossing_temperature(p.log(), w)
+    g, gbar = cf.sensitivity(p.log())
+    right = (p * g)[:, :2].sum(-1) / p[:, :2].sum(-1)
+    at_one = p[:, 2] * (g[:, 2] - right)
+    torch.testing.assert_close(cf.dh_positive(p.log(), w, 1.0), at_one, **CLOSE)
+    assert torch.equal(crossing < 1, at_one > 0)
+    assert (crossing[g[:, 2] < 0] > 1).all() and (crossing[p[:, 2] > p[:, :2].amax(-1)] < 1).all()
+    assert (crossing < 1).double().mean().item() == pytest.approx(0.36, abs=0.005)
+    assert (crossing == 0).double().mean().item() == pytest.approx(0.31, abs=0.005)
+    e = torch.tensor([0.1, 0.3, 0.4, 0.5], dtype=torch.float64)
+    line = torch.stack([0.8 * (1 - e), 0.2 * (1 - e), e], -1)
+    along = cf.crossing_temperature(line.log(), w[:4])
+    assert along.tolist() == pytest.approx([1.4, 2.9, 1.4, 0.0], abs=0.05)
 
 
 def test_the_step_scales_the_change_and_moves_no_crossing(cases):
@@ -431,9 +454,12 @@ def test_limits_as_a_command(tmp_path):
         assert rates[0] == pytest.approx(rates[1], abs=2.0)  # four standard deviations
 
 
-def test_the_readme_shows_every_statement(capsys, monkeypatch):
+def test_the_readme_shows_every_statement_and_names_tests_that_exist(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["verify.py", "--cases", "3000"])
     assert verify.main() == 0
     readme = (ROOT / "theory" / "README.md").read_text()
     for row in capsys.readouterr().out.splitlines()[:8]:
         assert row[:45] in readme
+    defined = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", readme):
+        assert f"def {name}(" in defined

@@ -1,4 +1,4 @@
-"""theory/: the closed forms against autograd, enumeration and real steps; the theorem and its limits."""
+"""theory/: closed forms against autograd, enumeration and real steps; the theorem and its limits."""
 
 import itertools
 import math
@@ -22,14 +22,12 @@ CLOSE = {"atol": 1e-10, "rtol": 1e-9}
 
 
 def policy(counts, weights):
-    return torch.tensor(counts, dtype=torch.float64).log(), torch.tensor(
-        weights, dtype=torch.float64
-    )
+    return torch.tensor(counts).double().log(), torch.tensor(weights).double()
 
 
 @pytest.fixture(scope="module")
 def cases():
-    """Random policies of 2 to 60 tokens, peaked and flat; then verify.py's, of 2 to 1,000 tokens."""
+    """Policies of 2 to 60 tokens, peaked and flat; from the fifth on verify.py's, of 2 to 1,000."""
     generator = torch.Generator().manual_seed(7)
     found = []
     for V in (2, 3, 8, 60):
@@ -38,10 +36,8 @@ def cases():
         w = torch.randint(2, (200, V), generator=generator).double()
         w[:, 0] = 1.0
         w[100:] *= torch.rand(100, V, generator=generator, dtype=torch.float64)
-        T = torch.logspace(-1, 1, 200, dtype=torch.float64)[
-            torch.randperm(200, generator=generator)
-        ]
-        found.append((z, w, T))
+        T = torch.logspace(-1, 1, 200, dtype=torch.float64)
+        found.append((z, w, T[torch.randperm(200, generator=generator)]))
     torch.manual_seed(7)
     for z, w, T in verify.random_policies(10_000):
         drawn = (torch.softmax(z / T[:, None], -1) * w).sum(-1) > 1e-200  # else it is 0 / 0 below
@@ -54,7 +50,7 @@ def slope(f, x):
 
 
 def enumerated_step(z, w, T):
-    """The expected gradient of log p(a) over rewarded samples at T, summed over the tokens one by one; no formula used."""
+    """Expected gradient of log p(a) over rewarded samples at T, summed token by token: no formula."""
     z = z.detach().requires_grad_()
     drawn = torch.softmax(z.detach() / T[:, None], -1)
     total, mass = torch.zeros_like(z), torch.zeros(len(z), dtype=z.dtype)
@@ -181,7 +177,7 @@ def test_random_policies_are_of_the_kinds_that_verify_says():
 
 
 def by_autograd(z, w, T):
-    """gbar, E_q[g], dH+, dH, dH_A, P and the T-derivatives of the last four, by softmax and autograd alone."""
+    """gbar, E_q[g], dH+, dH, dH_A, P and the last four's T-derivatives, by softmax and autograd."""
     T = T.clone().requires_grad_()
     leaf = z.clone().requires_grad_()
     minus_g = slope(token_entropy(leaf), leaf)
@@ -198,23 +194,21 @@ def by_autograd(z, w, T):
 
 
 def decided(*values):
-    """Where no value is so close to 0 that rounding, or a threshold of 1e-7, could decide its sign."""
+    """Where no value is so near to 0 that rounding, or a threshold of 1e-7, decides its sign."""
     return torch.stack([value.abs() > 2e-6 for value in values]).all(0)
 
 
 def test_verify_applies_each_statement_where_its_hypothesis_holds_and_nowhere_else(cases):
-    """Hypotheses and conclusions of verify.py against the same by autograd, on both sides of each."""
+    """Hypotheses and conclusions of verify.py against autograd's, on both sides of each."""
     asked = dict.fromkeys(range(7), 0)
     for z, w, T in cases[4:]:
         f = by_autograd(z, w, T)
         rise, dh_dt, P_dt = (f[name] * T**2 for name in ("dh_plus_dt", "dh_dt", "P_dt"))
         some = z[::20], w[::20]
         curve = [by_autograd(*some, torch.full_like(T[::20], t))["dh_plus"] for t in (0.05, 1, 1e9)]
-        curve = torch.stack(curve).nan_to_num(
-            -1.0
-        )  # nothing rewarded is drawn at .05: as if below 0
+        curve = torch.stack(curve).nan_to_num(-1.0)  # where no rewarded token can be drawn at .05
         knob = (f["dh"] > 0) & (dh_dt >= 0) & (P_dt < 0)
-        expected = [  # the hypothesis, what must be clear of 0 to tell, and the conclusion's derivative
+        expected = [  # the hypothesis, where it is clear of 0, and the conclusion's derivative
             (f["gbar"] > 0, decided(f["gbar"]), None),
             (f["dh_plus"] < 0, decided(f["dh_plus"], rise), rise),
             (f["pull"] > 0, decided(f["pull"], rise), rise),
@@ -242,9 +236,7 @@ def broken(name, change):
 FALSE = {  # what must be violated if this function were as it is here
     "gbar >= 0": broken("sensitivity", lambda value, z: (value[0], -value[1])),
     "dH+ < 0  =>  dH+' > 0": broken("dh_positive_dt", lambda value, z, w, T: -value),
-    "E_q[g] > 0  =>  dH+' > 0, dH-' < 0": broken(
-        "dh_positive_dt", lambda value, *_: torch.nan * value
-    ),
+    "E_q[g] > 0  =>  dH+' > 0, dH-' < 0": broken("dh_positive_dt", lambda value, *_: value / 0 * 0),
     "as written, T >= 1: dH < 0  =>  dH' > 0": broken("dh_objective_dt", lambda value, *_: -value),
     "dH > 0, dH' >= 0, P' < 0  =>  dH+' > 0": broken("dh_positive_dt", lambda value, *_: -value),
     "dH+ crosses zero at most once, from below": broken(
@@ -268,8 +260,7 @@ def test_verify_reports_each_statement_when_it_is_false(monkeypatch, capsys, nam
     assert total == f"3,000 policies, seed 0: {sum(violations.values()):,} violations"
 
 
-def test_rates_of_what_is_no_theorem(cases):
-    """limits.py finds the failures that autograd finds, and its rates are those of theory/README.md."""
+def test_limits_finds_the_failures_that_autograd_finds(cases):
     for z, w, T in cases[4:]:
         f = by_autograd(z, w, T)
         is_binary = ((w == 0) | (w == 1)).all(-1) & (f["P"] > 1e-6) & (f["P"] < 1 - 1e-6)
@@ -314,7 +305,7 @@ def test_crossing_temperature_is_the_only_sign_change():
     T = torch.logspace(-2, 4, 2000, dtype=torch.float64)
     curve = cf.dh_positive(z.expand(2000, -1), w.expand(2000, -1), T)
     assert torch.equal(curve >= 0, crossing <= T)
-    # Never: the hot limit is below zero. Always: the rewarded token is rarer than balance from the start.
+    # Never: the hot limit is below zero. Always: the rewarded token is rare from the start.
     assert cf.crossing_temperature(*policy([60, 30, 6, 4], [1, 0, 0, 0])).item() == math.inf
     assert cf.dh_positive(*policy([60, 30, 6, 4], [1, 0, 0, 0]), math.inf).item() < 0
     assert cf.crossing_temperature(*policy([60, 30, 6, 4], [0, 0, 0, 1])).item() == 0.0
@@ -335,7 +326,7 @@ def test_the_crossing_over_the_simplex():
     p = torch.stack([first, second, 1 - first - second], -1)[first + second < 1 - 1e-9]
     w = torch.tensor([1.0, 1, 0], dtype=torch.float64).expand_as(p)
     crossing = cf.crossing_temperature(p.log(), w)
-    g, gbar = cf.sensitivity(p.log())
+    g, _ = cf.sensitivity(p.log())
     right = (p * g)[:, :2].sum(-1) / p[:, :2].sum(-1)
     at_one = p[:, 2] * (g[:, 2] - right)
     torch.testing.assert_close(cf.dh_positive(p.log(), w, 1.0), at_one, **CLOSE)
@@ -350,7 +341,7 @@ def test_the_crossing_over_the_simplex():
 
 
 def test_the_step_scales_the_change_and_moves_no_crossing(cases):
-    """Independence of alpha: a step alpha times as long changes entropy alpha times as much, to first order."""
+    """A step alpha times as long changes the entropy alpha times as much, to first order."""
     z, w, T = cases[2]
     direction = cf.sampled(z, w, T) - torch.softmax(z, -1)
     for alpha in (1 / 64, 1.0, 4.0):
@@ -363,30 +354,23 @@ def test_the_step_scales_the_change_and_moves_no_crossing(cases):
 
 
 def test_full_reward_bounds_the_entropy_a_token():
-    """Trees of right answers, enumerated: sum of token entropies = entropy of the sequence <= log(number of answers)."""
+    """Trees of N right answers: sum of token entropies = entropy of the sequence <= log N."""
     generator = torch.Generator().manual_seed(0)
     answers = ["11", "12", "133", "1344", "2", "3411", "3412", "342"]
     for trial in range(50):
-        p = torch.rand(len(answers), generator=generator, dtype=torch.float64) ** (
-            3 if trial else 0
-        )
+        p = torch.rand(len(answers), generator=generator, dtype=torch.float64)
+        p = p**3 if trial else torch.ones_like(p)
         p = p / p.sum()
         total, length = 0.0, 0.0
         for prefix in {a[:i] for a in answers for i in range(len(a) + 1)}:
             below = torch.tensor([a.startswith(prefix) for a in answers])
             following = sorted({(a + "$")[len(prefix)] for a in answers if a.startswith(prefix)})
-            chance = torch.stack(
-                [
-                    sum(
-                        q
-                        for a, q in zip(answers, p, strict=True)
-                        if (a + "$").startswith(prefix + c)
-                    )
-                    for c in following
-                ]
-            )
+            chance = [
+                sum(q for a, q in zip(answers, p, strict=True) if f"{a}$".startswith(prefix + c))
+                for c in following
+            ]
             mass = p[below].sum()
-            total += (mass * token_entropy((chance / mass).log())).item()
+            total += (mass * token_entropy((torch.stack(chance) / mass).log())).item()
             length += mass.item()  # a token is drawn after every prefix, the end token included
         entropy = -(p * p.log()).sum().item()
         assert total == pytest.approx(entropy, abs=1e-12)

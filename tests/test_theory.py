@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -273,7 +274,9 @@ FALSE = {  # what must be violated if this function were as it is here
 def test_verify_reports_each_statement_when_it_is_false(monkeypatch, capsys, name):
     monkeypatch.setattr(cf, *FALSE[name])
     monkeypatch.setattr(sys, "argv", ["verify.py", "--cases", "3000"])
-    assert verify.main() == 1
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(verify.__file__, run_name="__main__")
+    assert end.value.code == 1
     *rows, _, total = capsys.readouterr().out.splitlines()[1:]
     violations = {row[:45].strip(): int(row[45:].split()[1].replace(",", "")) for row in rows}
     assert list(violations) == list(FALSE)
@@ -448,6 +451,8 @@ def command(script, *arguments, folder):
 def test_verify_as_a_command(tmp_path):
     result = command("verify.py", "--cases", "5000", "--seed", "4", folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+    other = command("verify.py", "--cases", "5000", "--seed", "5", folder=tmp_path)
+    assert other.stdout.splitlines()[:8] != result.stdout.splitlines()[:8]
     assert result.stdout.endswith("5,000 policies, seed 4: 0 violations\n")
     assert len(result.stdout.splitlines()) == 10
 

@@ -154,13 +154,33 @@ def generate(
     return Rollout(sequences, completion_mask, lengths, ~is_end.any(1), texts)
 
 
-class HalfCache(DynamicCache):
-    """Keys and values in the precision that attention uses: autocast leaves Qwen3's in float32."""
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values, in buffers that grow by a segment; transformers' copies all at every token.
+
+    They are in the precision that attention uses: autocast leaves Qwen3's, normalised, in float32.
+    """
+
+    room = 0  # tokens that the buffers have room for
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device = key_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
-        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
+        new = key_states.to(dtype), value_states.to(dtype)  # [b, heads, n, head_dim] each
+        if not self.is_initialized:
+            self.lazy_initialization(*new)
+            self.keys, self.values = (x[..., :0, :] for x in new)
+        start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
+        if length > self.room:
+            self.room, old = length + SEGMENT, (self.keys, self.values)
+            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in old]
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[..., start:length, :] = x
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # makes copies
+        self.room = 0
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int) -> Tensor:
@@ -170,9 +190,10 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
     few tokens; after each, rows that have ended leave, and their part of the cache with them. A model
     whose cache cannot be cut by rows (a recurrent one) gets one call without all this.
     """
-    config, cache = model.generation_config, HalfCache(config=model.config)
+    config, cache = model.generation_config, DynamicCache(config=model.config)
     by_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
     by_rows = by_rows and not model._is_stateful
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (max_new_tokens, {})
     ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
     if by_rows and ids.shape[1] > 1:  # all but the last token; the one that is sampled here is not used

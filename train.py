@@ -4,7 +4,7 @@ One step of the loop, and what explains each part:
 
     1. T from the previous step's entropy                     scope_rl.scope_temperature
     2. sample: G completions a prompt at 1, a few more at T   rollout.generate
-    3. reward every completion                                reward.countdown_reward, answer_reward
+    3. reward every completion                                reward.answer_reward, or the task's own
     4. log pi_old and the entropy H of every token            rollout.score
     5. gradient steps on -J                                   scope_rl.objective_table, scope_loss
 

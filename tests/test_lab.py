@@ -215,17 +215,19 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
 
 
 def test_the_documents_show_what_the_rows_say():
-    """tables.md as a whole, and the two tables of README.md."""
+    """tables.md as a whole, the two tables of the lab's page, and the one at the top."""
     assert (THEORY / "lab" / "tables.md").read_text() == report.document()
     page = (THEORY / "lab" / "README.md").read_text()
     assert report.shown_control() in page
     assert report.offsets(report.cells_of("control")) in page
+    assert report.shown_results() in (THEORY.parent / "README.md").read_text()
 
 
 def test_the_figures_are_drawn(two_labels, tmp_path):
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "two.png", two_labels)
-    assert (tmp_path / "two.png").stat().st_size > 10_000
+    report.draw_entropies(tmp_path / "entropies.png")
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
 
 
 def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 import rollout
 from entropy import token_entropy
@@ -279,17 +280,37 @@ def test_under_bfloat16_sampling_and_scoring_share_float32_logits(tokenizer, loa
 def test_the_cache_is_bfloat16_and_no_token_changes(tokenizer, load, monkeypatch):
     """Qwen3's k_norm makes keys float32 under autocast; attention rounds them to bfloat16 in any case."""
     model, results = load(bf16=True), []
-    for cache in (rollout.HalfCache, transformers.DynamicCache):
+    for layer in (rollout.GrowingLayer, DynamicLayer):
         made = []
-        monkeypatch.setattr(
-            rollout, "HalfCache", lambda cache=cache, made=made, **k: made.append(cache(**k)) or made[0]
-        )
+        monkeypatch.setattr(rollout, "GrowingLayer", lambda layer=layer, made=made: made.append(layer()) or made[-1])
         torch.manual_seed(0)
         samples = rollout.generate(model, tokenizer, ["1+2=", "3="] * 8, torch.ones(16), 8)
-        results.append((samples.sequences, {made[0].layers[0].keys.dtype, made[0].layers[0].values.dtype}))
+        results.append((samples.sequences, {made[0].keys.dtype, made[0].values.dtype}))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == {torch.bfloat16}
-    assert torch.float32 in results[1][1]  # which is what would be stored without HalfCache
+    assert torch.float32 in results[1][1]  # what transformers' own layer would store
+
+
+def test_the_cache_copies_itself_once_a_segment(random_model, tokenizer, monkeypatch):
+    """Between two looks at which rows have ended, the buffers stay where they are."""
+    monkeypatch.setattr(rollout, "SEGMENT", 5)
+    places, update = [], rollout.GrowingLayer.update
+
+    def spy(layer, *given, **more):
+        out = update(layer, *given, **more)
+        places.append((layer.buffers[0].data_ptr(), out[0].shape[-2]))
+        return out
+
+    monkeypatch.setattr(rollout.GrowingLayer, "update", spy)
+    model = random_model(num_hidden_layers=1)
+    model.generation_config.eos_token_id = None  # nothing ends
+    ends = tokenizer.eos_token_id
+    tokenizer.eos_token_id = 16
+    samples = rollout.generate(model, tokenizer, ["1+2=1+2="] * 3, torch.full((3,), 0.01), 15)
+    tokenizer.eos_token_id = ends
+    assert [length for _, length in places] == list(range(7, 7 + len(places)))
+    assert samples.lengths.max() == 8 + 15
+    assert len({place for place, _ in places}) <= 1 + 15 // 5 + 1
 
 
 def test_scoring_passes_no_attention_mask(random_model, tokenizer, monkeypatch):

@@ -26,6 +26,9 @@ SHOWN = (
     *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)),
 )  # fmt: skip
 SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
+# What the README at the top shows, in a figure and a table.
+RESULTS = ("GRPO", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)))
+RESULTS_COLUMNS = ("entropy", "reward", "pass@1", "distinct_correct")
 LEGEND = """# All tables
 
 Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
@@ -179,6 +182,12 @@ def shown_control() -> str:
     return means("control", {label: cells[label] for label in SHOWN}, SHOWN_COLUMNS)
 
 
+def shown_results() -> str:
+    """The four rows that the README at the top shows."""
+    cells = cells_of("control")
+    return means("preset tiny", {label: cells[label] for label in RESULTS}, RESULTS_COLUMNS)
+
+
 def document() -> str:
     """All of tables.md."""
     parts = [LEGEND]
@@ -225,8 +234,30 @@ def draw(path: Path, cells: Cells) -> None:
     plt.close(figure)
 
 
+def draw_entropies(path: Path) -> None:
+    """The README's figure: entropy over the run of GRPO and of SCOPE with three targets."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    cells = cells_of("control")
+    for label, color in zip(RESULTS, ("black", "tab:blue", "tab:green", "tab:orange"), strict=True):
+        rows = cells[label].values()
+        curves = zip(*(row["entropies"] for row in rows), strict=True)
+        mean, half = np.array([interval(parts) for parts in curves]).T
+        steps = 350 * (np.arange(len(mean)) + 0.5) / len(mean)
+        axis.plot(steps, mean, label=label.replace(", with integral, H0", ", target"), color=color)
+        axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.2, lw=0)
+        if label != "GRPO":
+            axis.axhline(float(label.split()[-1]), color=color, lw=0.8, ls=":")
+    axis.set(xlabel="step", ylabel="entropy, nats a token", xlim=(0, 350), ylim=(0, 0.9))
+    axis.legend(loc="upper right", ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     """Write tables.md and the figures."""
+    draw_entropies(FOLDER / "figures" / "entropy.png")
     (FOLDER / "tables.md").write_text(document())
     for name in experiments.EXPERIMENTS:
         draw(FOLDER / "figures" / f"{name}.png", cells_of(name))

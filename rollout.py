@@ -130,8 +130,7 @@ def generate(
     inputs = tokenizer(list(distinct), return_tensors="pt", **left).to(device)  # [U, P]
 
     models_own, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, use_cache=True,
-        eos_token_id=sorted(ends), pad_token_id=pad,
+        do_sample=False, use_cache=True, eos_token_id=sorted(ends), pad_token_id=pad  # `draw` samples
     )  # fmt: skip
     try:
         sequences = decode(model, inputs, which, temperatures.to(device), max_completion_length)  # [B, S]
@@ -203,10 +202,10 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
     sequences, mask, ends = ids[which], mask[which], torch.tensor(config.eos_token_id, device=ids.device)
     rows, left = torch.arange(len(which), device=ids.device), max_new_tokens  # rows that go on  [b]
     while len(rows) > 0 and left > 0:
-        at_row_temperature = partial(divide_logits, temperatures[rows, None])
+        sampler = partial(draw, temperatures[rows, None])
         new = model.generate(
             sequences[rows], attention_mask=mask, max_new_tokens=min(segment, left),
-            logits_processor=[at_row_temperature], **options,
+            logits_processor=[sampler], **options,
         )[:, sequences.shape[1] :]  # [b, n]  # fmt: skip
         n, going_on = new.shape[1], ~torch.isin(new, ends).any(1)  # [b]
         sequences = F.pad(sequences, (0, n), value=config.pad_token_id)
@@ -217,9 +216,16 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
     return sequences
 
 
-def divide_logits(temperatures: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
-    """z / T, row by row: temperatures `[b, 1]`, logits `[b, V]`; a logits processor for `generate`."""
-    return logits / temperatures
+def draw(temperatures: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+    """A logits processor that draws from softmax(z / T), row by row, and forbids all but the token drawn.
+
+    It inverts the cumulative distribution. `generate`'s own sampling, torch.multinomial, would draw a
+    random number for each token of the vocabulary: on a CPU a sixth of the time of a small model.
+    """
+    cumulative = torch.softmax(logits / temperatures, -1).cumsum(-1, dtype=torch.float64)  # [b, V]
+    u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
+    tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1)
+    return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,6 +133,22 @@ def test_segments_and_shared_prompts_change_no_token(architecture, tokenizer, mo
         assert samples.sequences[i, : samples.lengths[i]].tolist() == ids[0].tolist()
 
 
+def test_tokens_are_drawn_by_their_probabilities_and_impossible_ones_never():
+    """Chi-square of a large vocabulary, most of it rare; and tokens of probability zero at every place."""
+    logits = torch.randn(1, 5000) * 3
+    logits[0, ::7] = -torch.inf
+    for T in (0.5, 1.0):
+        drawn = rollout.draw(torch.full((20_000, 1), T), None, logits.expand(20_000, -1))
+        assert (drawn.isfinite().sum(1) == 1).all()
+        counts = torch.bincount(drawn.argmax(1), minlength=5000)
+        assert counts[::7].sum() == 0
+        assert chi_square(counts, torch.softmax(logits[0] / T, -1)) < 4
+    only_last = torch.full((50, 9), -torch.inf)
+    only_last[:, -1] = 0.0
+    assert (rollout.draw(torch.ones(50, 1), None, only_last).argmax(1) == 8).all()
+    assert rollout.draw(torch.ones(2, 1), None, torch.full((2, 9), torch.nan)).shape == (2, 9)  # found out later
+
+
 def test_a_prompt_is_read_once_and_finished_rows_leave(random_model, tokenizer, monkeypatch):
     """What the model is fed: distinct prompts without their last token, then only rows that go on."""
     monkeypatch.setattr(rollout, "SEGMENT", 2)
@@ -258,8 +274,8 @@ def test_gpt2s_dropout_is_off_too(tokenizer, load):
 def test_under_bfloat16_sampling_and_scoring_share_float32_logits(tokenizer, load, monkeypatch):
     """The logits that `generate` samples from are those that `score` uses, not their bfloat16 rounding."""
     model, seen = load(bf16=True), []
-    divide = rollout.divide_logits
-    monkeypatch.setattr(rollout, "divide_logits", lambda T, ids, z: seen.append(z) or divide(T, ids, z))
+    draw = rollout.draw
+    monkeypatch.setattr(rollout, "draw", lambda T, ids, z: seen.append(z) or draw(T, ids, z))
     samples = rollout.generate(model, tokenizer, ["1+2="] * 8, torch.ones(8), 6)
     logprobs, _ = rollout.score(model, samples, torch.arange(8))
     assert logprobs.dtype == torch.float32

@@ -153,8 +153,8 @@ def check_loop(case: dict, page: dict) -> None:
     assert close(page["run"]["H"], run["H"]), "H"
 
     # The balances are where the curve meets the pull, all of them, and on the side that they say.
-    grid = 0.1 * 1000 ** (torch.arange(241, dtype=torch.float64) / 240)
-    rows = z.expand(241, -1), w.expand(241, -1)
+    grid = 0.1 * 1000 ** (torch.arange(121, dtype=torch.float64) / 120)
+    rows = z.expand(121, -1), w.expand(121, -1)
     curve = f(*rows, grid)
     above = curve >= o["pull"]
     places = (above[1:] != above[:-1]).nonzero()[:, 0].tolist()
@@ -180,10 +180,10 @@ def check_loop(case: dict, page: dict) -> None:
     turning, top = number(page["turning"]), curve.argmax().item()
     assert close(number(page["peak"]), f(z, w, min(turning, 100.0)))
     assert number(page["peak"]) >= curve.max().item() - 1e-9
-    if curve.max() - curve.min() > 1e-12 and 0 < top < 240:
+    if curve.max() - curve.min() > 1e-12 and 0 < top < 120:
         assert grid[top - 1] <= turning <= grid[top + 1]
         assert abs(df(z, w, turning).item()) * turning < 1e-9
-    elif top == 240 and curve[-1] - curve[-2] > 1e-12:
+    elif top == 120 and curve[-1] - curve[-2] > 1e-12:
         assert turning == math.inf
 
 
@@ -266,12 +266,12 @@ def test_the_experiments_show_what_they_say():
     assert without["H"] == pytest.approx(0.5 - (without["balance"] - 1) / 2, abs=1e-3)
     assert asleep["H"] == pytest.approx(0.5 - (asleep["balance"] - 1), abs=1e-3) and asleep["H"] < 0.4
     hot = experiment(3)
-    assert hot["balance"] < hot["turning"] < 4 and hot["T"] == 4 and hot["H"] == 0.0
+    assert hot["balance"] < hot["turning"] < 3 and hot["T"] == 3 and hot["H"] == 0.0
     assert 1.7 < hot["turning"] < 1.75
     recovered = experiment(3, maximum=1.7)
     assert recovered["H"] == pytest.approx(recovered["rest"], abs=1e-3) and recovered["rest"] > 0
     right, over_all = experiment(4), experiment(4, positives=False)
-    assert right["H"] == pytest.approx(right["rest"], abs=0.02)
+    assert right["H"] == pytest.approx(right["rest"], abs=1e-3)
     assert over_all["balance"] is None and over_all["peak"] < 0.05 and over_all["H"] == 0.0
 
 

@@ -18,7 +18,6 @@ Padding on the right needs no attention mask: a causal model's real tokens never
 
 import inspect
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import transformers
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from entropy import at_least_float32, logprobs_and_entropies
+from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
 ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
@@ -91,6 +90,8 @@ class Rollout:
 
     sequences: Tensor  # [B, S] token ids
     completion_mask: Tensor  # [B, S] bool, true up to and including the first end token
+    logprobs: Tensor  # [B, S] log pi_old of each token, at temperature 1; 0 outside the mask
+    entropies: Tensor  # [B, S] H of the distribution it came from, at temperature 1, nats
     lengths: Tensor  # [B] tokens of prompt and completion together
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
     texts: list[str]  # B decoded completions without special tokens
@@ -133,7 +134,7 @@ def generate(
         do_sample=False, use_cache=True, eos_token_id=sorted(ends), pad_token_id=pad  # `draw` samples
     )  # fmt: skip
     try:
-        sequences = decode(model, inputs, which, temperatures.to(device), max_completion_length)  # [B, S]
+        sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
     finally:
         model.generation_config = models_own
 
@@ -146,11 +147,12 @@ def generate(
     padding = (inputs.attention_mask[which] == 0).sum(1, keepdim=True)  # [B, 1]
     columns = (torch.arange(S, device=device) + padding) % S  # [B, S]
     sequences, completion_mask = sequences.gather(1, columns), completion_mask.gather(1, columns)
+    logprobs, entropies = noted.gather(2, columns.expand(2, -1, -1)) * completion_mask
     starts = P - padding[:, 0]
     lengths = starts + completion_mask.sum(1)
     spans = zip(sequences.tolist(), starts.tolist(), lengths.tolist(), strict=True)
     texts = tokenizer.batch_decode([row[a:b] for row, a, b in spans], skip_special_tokens=True)
-    return Rollout(sequences, completion_mask, lengths, ~is_end.any(1), texts)
+    return Rollout(sequences, completion_mask, logprobs, entropies, lengths, ~is_end.any(1), texts)
 
 
 class GrowingLayer(DynamicLayer):
@@ -182,12 +184,15 @@ class GrowingLayer(DynamicLayer):
         self.room = 0
 
 
-def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int) -> Tensor:
+def decode(
+    model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """B rows by transformers' `generate`, row i of prompt which[i]: ids `[B, P + T]`, padded on the left.
 
     Each prompt is read once, and its rows share what it leaves in the cache. Then come segments of a
     few tokens; after each, rows that have ended leave, and their part of the cache with them. A model
-    whose cache cannot be cut by rows (a recurrent one) gets one call without all this.
+    whose cache cannot be cut by rows (a recurrent one) gets one call without all this. The second
+    result is what `Sampler` noted, `[2, B, P + T]`.
     """
     config, cache = model.generation_config, DynamicCache(config=model.config)
     by_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
@@ -200,32 +205,42 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
         cache.batch_select_indices(which)
 
     sequences, mask, ends = ids[which], mask[which], torch.tensor(config.eos_token_id, device=ids.device)
+    noted = torch.zeros(2, *sequences.shape, device=ids.device)  # log pi_old and H of each token  [2, B, P]
     rows, left = torch.arange(len(which), device=ids.device), max_new_tokens  # rows that go on  [b]
     while len(rows) > 0 and left > 0:
-        sampler = partial(draw, temperatures[rows, None])
+        sampler = Sampler(temperatures[rows])
         new = model.generate(
             sequences[rows], attention_mask=mask, max_new_tokens=min(segment, left),
             logits_processor=[sampler], **options,
         )[:, sequences.shape[1] :]  # [b, n]  # fmt: skip
         n, going_on = new.shape[1], ~torch.isin(new, ends).any(1)  # [b]
-        sequences = F.pad(sequences, (0, n), value=config.pad_token_id)
-        sequences[rows, -n:] = new
+        sequences, noted = F.pad(sequences, (0, n), value=config.pad_token_id), F.pad(noted, (0, n))
+        sequences[rows, -n:], noted[:, rows, -n:] = new, torch.stack(sampler.noted, -1)[..., :n]
         rows, mask, left = rows[going_on], F.pad(mask[going_on], (0, n), value=1), left - n
         if by_rows:
             cache.batch_select_indices(going_on)
-    return sequences
+    return sequences, noted
 
 
-def draw(temperatures: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
+class Sampler:
     """A logits processor that draws from softmax(z / T), row by row, and forbids all but the token drawn.
 
-    It inverts the cumulative distribution. `generate`'s own sampling, torch.multinomial, would draw a
-    random number for each token of the vocabulary: on a CPU a sixth of the time of a small model.
+    It inverts the cumulative distribution: `generate`'s own sampling, torch.multinomial, would draw a
+    random number for each token of the vocabulary, on a CPU a sixth of the time of a small model. And
+    it notes the token's log-probability and its distribution's entropy, both at temperature 1.
     """
-    cumulative = torch.softmax(logits / temperatures, -1).cumsum(-1, dtype=torch.float64)  # [b, V]
-    u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
-    tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1)
-    return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
+
+    def __init__(self, temperatures: Tensor) -> None:
+        self.temperatures = temperatures[:, None]  # [b, 1]
+        self.noted: list[Tensor] = []  # [2, b] a token: log pi_old, H
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        cumulative = torch.softmax(logits / self.temperatures, -1).cumsum(-1, dtype=torch.float64)  # [b, V]
+        u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
+        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1)
+        log_p = log_policy(logits)  # [b, V]
+        self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
+        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:

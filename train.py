@@ -5,7 +5,7 @@ One step of the loop, and what explains each part:
     1. T from the previous step's entropy                     scope_rl.scope_temperature
     2. sample: G completions a prompt at 1, a few more at T   rollout.generate
     3. reward every completion                                reward.answer_reward, or the task's own
-    4. log pi_old and the entropy H of every token            rollout.score
+    4. the entropy H of the tokens sampled                    rollout.Sampler
     5. gradient steps on -J                                   scope_rl.objective_table, scope_loss
 
 State and files live here and nowhere else. Nothing random is carried from step to step: each step
@@ -196,14 +196,13 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     samples, rewards = sample(run, problems, torch.tensor(temperatures))
     rollout_seconds = time.perf_counter() - start
 
-    # 4. log pi_old, and the entropy of all ordinary tokens, which the next step's T will follow.
-    old_logprobs, entropies = score_all(run, samples)  # [N + N', S]
-    run.entropy = masked_mean(entropies[:N], samples.completion_mask[:N]).item()  # H(pi_old)
+    # 4. The entropy of all ordinary tokens, which the next step's T will follow.
+    run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H(pi_old)
 
     # 5. Gradient steps.
     groups, weight = rewards[:N].view(-1, G), config.scope_weight
     objective = scope_rl.objective_table(groups, rewards[N:], weight, config.entropy_coef)
-    loss, norm, clip_fraction = update(run, samples, prompt.to(rewards.device), old_logprobs, objective)
+    loss, norm, clip_fraction = update(run, samples, prompt.to(rewards.device), objective)
 
     run.step += 1
     metrics = {
@@ -262,23 +261,13 @@ def sample(run: Run, problems: list[Problem], temperatures: Tensor) -> tuple[Rol
     return samples, rewards.to(run.model.device) * ~samples.truncated
 
 
-@torch.no_grad()
-def score_all(run: Run, samples: Rollout) -> tuple[Tensor, Tensor]:
-    """`rollout.score` of all samples, a micro-batch at a time."""
-    rows = torch.arange(len(samples.texts), device=run.model.device)
-    micro_batches = rows.split(run.config.per_device_train_batch_size)
-    scores = [rollout.score(run.model.eval(), samples, micro) for micro in micro_batches]
-    logprobs, entropies = zip(*scores, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
-
-
 def update(
-    run: Run, samples: Rollout, prompt: Tensor, old_logprobs: Tensor, objective: scope_rl.Objective
-) -> tuple[float, float, float]:
+    run: Run, samples: Rollout, prompt: Tensor, objective: scope_rl.Objective
+) -> tuple[float, float, float]:  # fmt: skip
     """Gradient steps on -J, one a mini-batch of prompts, accumulated over micro-batches.
 
-    `prompt` `[B]` says which prompt a sample belongs to; `old_logprobs` is `[B, S]`. Returns loss,
-    gradient norm and clip fraction: means over the mini-batches that had something to learn from.
+    `prompt` `[B]` says which prompt a sample belongs to. Returns loss, gradient norm and clip
+    fraction: means over the mini-batches that had something to learn from.
     """
     config, model, stats = run.config, run.model.train(), []
     has_bonus = bool(objective.entropy_coefs.any())  # else the entropies need no gradient
@@ -297,7 +286,7 @@ def update(
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, S]
             entropies = entropies if has_bonus else entropies.detach()
             micro_loss, micro_clipped = scope_rl.scope_loss(
-                logprobs, old_logprobs[micro], entropies, samples.completion_mask[micro],
+                logprobs, samples.logprobs[micro], entropies, samples.completion_mask[micro],
                 objective.rows(micro), config.epsilon, config.epsilon_high,
             )  # fmt: skip
             micro_loss = micro_loss * config.num_mini_batches  # J is the mean over the whole step

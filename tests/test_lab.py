@@ -226,8 +226,13 @@ def test_the_documents_show_what_the_rows_say():
 def test_the_figures_are_drawn(two_labels, tmp_path):
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "two.png", two_labels)
+    assert (tmp_path / "two.png").stat().st_size > 10_000
+
+
+def test_the_figure_at_the_top_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
     report.draw_entropies(tmp_path / "entropies.png")
-    assert all(path.stat().st_size > 10_000 for path in tmp_path.glob("*.png"))
+    assert (tmp_path / "entropies.png").stat().st_size > 10_000
 
 
 def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():
@@ -335,7 +340,8 @@ def test_the_parts_of_a_step_scale_as_their_orders(small_run):
     assert large["first"] / small["first"] == pytest.approx(2, rel=1e-2)
     assert large["curvature"] / small["curvature"] == pytest.approx(4, rel=0.1)
     for parts in (small, large):
-        assert parts["fixed"] == pytest.approx(parts["first"] + parts["curvature"], rel=0.05)
+        odd_rest = parts["fixed"] - parts["first"] - parts["curvature"]  # third order and beyond
+        assert abs(odd_rest) < 0.05 * max(abs(parts["first"]), abs(parts["curvature"]))
 
 
 def test_taking_a_step_apart_leaves_the_step_alone(small_run):
@@ -356,7 +362,7 @@ def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
         for p in run.model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     new, (fixed, visited) = probes.entropies(run, samples, old)
-    logprobs, token_entropies = train.score_all(run, samples)
+    logprobs, token_entropies = probes.score_all(run, samples)
     above, below = 0.0, 0.0
     for i, mask in enumerate(samples.completion_mask):
         ratio = math.exp(sum(logprobs[i, mask].tolist()) - old[i].item())

@@ -110,6 +110,9 @@ def test_score_equals_a_plain_unpadded_forward_in_float64(architecture, tokenize
     logprobs, entropies = rollout.score(model, samples, torch.arange(12))
     assert len(set(samples.lengths.tolist())) > 3  # the case is worth testing
     assert not logprobs[~samples.completion_mask].any()
+    # What was noted while sampling, through the cache, is the same.
+    torch.testing.assert_close(samples.logprobs, logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(samples.entropies, entropies, atol=1e-5, rtol=0)
     exact = copy.deepcopy(model).double()
     for i in range(12):
         ids, mask = samples.sequences[i, : samples.lengths[i]][None], samples.completion_mask[i]
@@ -138,15 +141,18 @@ def test_tokens_are_drawn_by_their_probabilities_and_impossible_ones_never():
     logits = torch.randn(1, 5000) * 3
     logits[0, ::7] = -torch.inf
     for T in (0.5, 1.0):
-        drawn = rollout.draw(torch.full((20_000, 1), T), None, logits.expand(20_000, -1))
+        sampler = rollout.Sampler(torch.full((20_000,), T))
+        drawn = sampler(None, logits.expand(20_000, -1))
         assert (drawn.isfinite().sum(1) == 1).all()
         counts = torch.bincount(drawn.argmax(1), minlength=5000)
         assert counts[::7].sum() == 0
         assert chi_square(counts, torch.softmax(logits[0] / T, -1)) < 4
+        log_p = torch.log_softmax(logits[0].double(), -1)  # what it notes is at temperature 1
+        torch.testing.assert_close(sampler.noted[0][0].double(), log_p[drawn.argmax(1)], atol=1e-5, rtol=0)
     only_last = torch.full((50, 9), -torch.inf)
     only_last[:, -1] = 0.0
-    assert (rollout.draw(torch.ones(50, 1), None, only_last).argmax(1) == 8).all()
-    assert rollout.draw(torch.ones(2, 1), None, torch.full((2, 9), torch.nan)).shape == (2, 9)  # found out later
+    assert (rollout.Sampler(torch.ones(50))(None, only_last).argmax(1) == 8).all()
+    assert rollout.Sampler(torch.ones(2))(None, torch.full((2, 9), torch.nan)).shape == (2, 9)  # found out later
 
 
 def test_a_prompt_is_read_once_and_finished_rows_leave(random_model, tokenizer, monkeypatch):
@@ -195,6 +201,8 @@ class Scripted:
         self.completions, self.generation_config = torch.tensor(completions), GenerationConfig(eos_token_id=ends)
 
     def generate(self, input_ids, attention_mask, max_new_tokens, logits_processor):
+        for _ in self.completions[0]:
+            logits_processor[0](input_ids, torch.zeros(len(input_ids), 17))
         return torch.cat([input_ids, self.completions], dim=1)
 
 
@@ -274,8 +282,8 @@ def test_gpt2s_dropout_is_off_too(tokenizer, load):
 def test_under_bfloat16_sampling_and_scoring_share_float32_logits(tokenizer, load, monkeypatch):
     """The logits that `generate` samples from are those that `score` uses, not their bfloat16 rounding."""
     model, seen = load(bf16=True), []
-    draw = rollout.draw
-    monkeypatch.setattr(rollout, "draw", lambda T, ids, z: seen.append(z) or draw(T, ids, z))
+    draw = rollout.Sampler.__call__
+    monkeypatch.setattr(rollout.Sampler, "__call__", lambda self, ids, z: seen.append(z) or draw(self, ids, z))
     samples = rollout.generate(model, tokenizer, ["1+2="] * 8, torch.ones(8), 6)
     logprobs, _ = rollout.score(model, samples, torch.arange(8))
     assert logprobs.dtype == torch.float32

@@ -391,8 +391,7 @@ def test_full_reward_bounds_the_entropy_a_token():
             below = torch.tensor([a.startswith(prefix) for a in answers])
             following = sorted({(a + "$")[len(prefix)] for a in answers if a.startswith(prefix)})
             chance = [
-                sum(q for a, q in zip(answers, p, strict=True) if f"{a}$".startswith(prefix + c))
-                for c in following
+                sum(q for a, q in zip(answers, p, strict=True) if f"{a}$".startswith(prefix + c)) for c in following
             ]
             mass = p[below].sum()
             total += (mass * token_entropy((torch.stack(chance) / mass).log())).item()
@@ -409,14 +408,10 @@ def test_degenerate_policies_are_finite_and_right():
     )
     every = torch.ones(5, dtype=torch.float64)
     for T in (1e-3, 1.0, 1e6):
-        assert cf.dh_positive(flat, one, T).item() == pytest.approx(
-            0.0, abs=1e-15
-        )  # a uniform policy is at its peak
+        assert cf.dh_positive(flat, one, T).item() == pytest.approx(0.0, abs=1e-15)  # a uniform policy is at its peak
         assert cf.dh_positive_dt(flat, one, T).item() == 0.0
     z = torch.tensor([3.0, 2.0, 1.0, 0.5, -1.0], dtype=torch.float64)
-    assert cf.dh_positive(z, every, 1.0).item() == pytest.approx(
-        0.0, abs=1e-15
-    )  # all right at T = 1: q = p
+    assert cf.dh_positive(z, every, 1.0).item() == pytest.approx(0.0, abs=1e-15)  # all right at T = 1: q = p
     for logits in (z, z * 1e3, torch.tensor([1e3, -1e3, 0.0, 1.0, 2.0], dtype=torch.float64)):
         for w, T in itertools.product((one, every), (1e-3, 1.0, 1e6)):
             for f in (

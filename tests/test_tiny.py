@@ -126,9 +126,7 @@ def test_sums_are_right_and_kept_apart():
     ],
     ids=["qwen3", "llama"],
 )
-def test_a_short_warm_start_learns_the_form_of_answers(
-    tmp_path, architecture, task, steps, question, form
-):
+def test_a_short_warm_start_learns_the_form_of_answers(tmp_path, architecture, task, steps, question, form):
     config, example = warm_start.make_config(architecture), warm_start.EXAMPLES[task]
     warm_start.warm_start(tmp_path, config, example, steps=steps, seed=0)
     model, tokenizer = rollout.load_policy(str(tmp_path))

@@ -56,10 +56,7 @@ PUBLISHED_T = "--scope_temperature_min 0.8 --scope_temperature_max 1.2"
 PUBLISHED = f"--scope_gain 1 --scope_integral_gain 0 {PUBLISHED_T}"
 WIDE = "--scope_temperature_max 2 --scope_integral_band 1"
 # Another task, read from JSONL files, and another architecture (see `start`).
-SUMS = (
-    f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.jsonl"
-    " --num_train_problems 128"
-)
+SUMS = f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.jsonl --num_train_problems 128"
 # An experiment is a table of label -> options. "@NAME" before them names one of VARIANTS.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "control": {
@@ -96,12 +93,8 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         "as it is, H0 0.5": target(0.5),
         "T in [0.8, 1.2], H0 0.5": f"{PUBLISHED_T} {target(0.5)}",
         "T in [0.5, 2], H0 0.5": f"--scope_temperature_max 2 {target(0.5)}",
-        "T not clipped, H0 0.5": (
-            f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}"
-        ),
-        "mean over positives, T in [0.5, 2], H0 0.5": (
-            f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}"
-        ),
+        "T not clipped, H0 0.5": (f"--scope_temperature_min 0.01 --scope_temperature_max 100 {target(0.5)}"),
+        "mean over positives, T in [0.5, 2], H0 0.5": (f"@mean_over_positives --scope_temperature_max 2 {target(0.5)}"),
         "T in [0.5, 2], integral everywhere, H0 0.8": f"{target(0.8)} {WIDE}",
         "mean over positives, the same, H0 0.8": f"@mean_over_positives {target(0.8)} {WIDE}",
     },

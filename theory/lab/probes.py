@@ -89,10 +89,20 @@ def two_errors(values: np.ndarray) -> np.ndarray:
     return 2 * values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
 
 
+@torch.no_grad()
+def score_all(run: train.Run, samples: rollout.Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies `[B, S]` of all samples under the present policy."""
+    rows = torch.arange(len(samples.texts), device=run.model.device)
+    micro_batches = rows.split(run.config.per_device_train_batch_size)
+    scores = [rollout.score(run.model.eval(), samples, micro) for micro in micro_batches]
+    logprobs, entropies = zip(*scores, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
 # --- asymmetry
 def mean_entropy(run: train.Run, samples: rollout.Rollout) -> float:
     """Mean token entropy in nats of the present policy on the contexts of given samples."""
-    entropies = train.score_all(run, samples)[1]
+    entropies = score_all(run, samples)[1]
     return masked_mean(entropies.double(), samples.completion_mask).item()
 
 
@@ -165,7 +175,7 @@ def entropies(run: train.Run, samples: rollout.Rollout, old: Tensor | None) -> t
 
     `old` is what they were for the policy that sampled; None if it still is that.
     """
-    logprobs, token_entropies = (x.double() for x in train.score_all(run, samples))  # [B, S]
+    logprobs, token_entropies = (x.double() for x in score_all(run, samples))  # [B, S]
     total, length = token_entropies.sum(1), samples.completion_mask.sum(1)  # [B]
     ratio = torch.ones_like(total) if old is None else (logprobs.sum(1) - old).exp()  # [B]
     fixed = total.sum() / length.sum()

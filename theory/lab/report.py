@@ -123,10 +123,7 @@ def differences(cells: Cells, columns: tuple[str, ...]) -> str:
     for key, values in gains.items():
         mean, half = interval(values, level)
         shown[key] = show(values, "+") + (" *" if abs(mean) > half > 0 else "")
-    rows = [
-        [label, len(gains[label, columns[0]]), *(shown[label, name] for name in columns)]
-        for label, _ in others
-    ]
+    rows = [[label, len(gains[label, columns[0]]), *(shown[label, name] for name in columns)] for label, _ in others]
     return markdown([f"minus {reference}, paired", "seeds", *columns], rows)
 
 
@@ -210,9 +207,7 @@ def draw(path: Path, cells: Cells) -> None:
     reference, base = next(iter(cells.items()))
     for i, (label, cell) in enumerate(cells.items()):
         color, rows = plt.cm.tab20(i % 20), list(cell.values())
-        curves = np.array(
-            [interval(parts) for parts in zip(*(row["entropies"] for row in rows), strict=True)]
-        )
+        curves = np.array([interval(parts) for parts in zip(*(row["entropies"] for row in rows), strict=True)])
         mean, half = np.nan_to_num(curves).T
         share = (np.arange(len(mean)) + 0.5) / len(mean)
         axes[0].plot(share, mean, label=label, color=color)

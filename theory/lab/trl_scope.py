@@ -16,7 +16,7 @@ clip, so a_i = R w_i A_i makes the two the same, where R counts all rows of a ge
     surplus      rest    0                                       as TRL wants equal parts
 
 H and T are train.py's. Not the same, besides the std: a mini-batch is random rows instead of all
-rows of some prompts, the warm-up starts at 0, and bf16 holds for the output head as well.
+rows of some prompts, the warm-up starts at 0, and bf16 holds for the output head's input as well.
 """
 
 import copy
@@ -36,8 +36,8 @@ import reward
 import rollout
 import train
 
-VERSIONS = "trl>=1.14.2,<1.17"
-INTERNALS = {  # what is known here of TRL's inside; a run starts only if all of it exists
+VERSIONS = "trl>=1.14.2,!=1.15.0,<1.17"  # 1.15.0 does not run without Triton
+INTERNALS = {  # what is known here of TRL's inside; without one of these nothing starts
     "_generate_and_score_completions": "called once a generation: dataset rows, one for each completion"
     " of this process, to tensors [n, columns], advantages [n] and a number that is not used",
     "_get_per_token_logps_and_entropies": "returns log-probabilities and entropies, [n, C], at T = 1",
@@ -47,8 +47,8 @@ INTERNALS = {  # what is known here of TRL's inside; a run starts only if all of
     "eos_token_ids": "all that end a completion, the model's and the tokenizer's",
     "_metrics": "under train a list for each name, which grows until `log` reports its mean",
 }
-TASK = {"model", "task", "train_file", "test_file", "instruction", "num_train_problems", "num_eval_problems"}
-OPTIONS = [f for f in fields(train.Config) if f.name in TASK or f.name.startswith("scope_")]
+TASK = "model", "task", "train_file", "test_file", "instruction", "num_train_problems", "num_eval_problems"
+OPTIONS = [field for field in fields(train.Config) if field.name in TASK or field.name.startswith("scope_")]
 
 
 class ScopeTrainer(trl.GRPOTrainer):
@@ -67,12 +67,13 @@ class ScopeTrainer(trl.GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return batch
-        # H and the integral are kept in a part of the trainer's state that goes into checkpoints.
+        # H and the integral, in a part of transformers' state that goes into checkpoints as it is.
         state = self.state.stateful_callbacks.setdefault("scope", {"entropy": None, "integral": 0.0})
         run = SimpleNamespace(config=self.config, **state)
         T, count = train.control(run)  # count is N'
         state.update(entropy=self.mean_entropy(batch), integral=run.integral)
         more, positive_frac = self.auxiliary_rows(inputs, T, count)
+
         N, M = (len(rows["advantages"]) * self.accelerator.num_processes for rows in (batch, more))
         batch["advantages"] *= (N + M) / N
         more["advantages"] *= (N + M) * self.config.scope_weight / count
@@ -96,19 +97,20 @@ class ScopeTrainer(trl.GRPOTrainer):
 
     def auxiliary_rows(self, inputs: list[dict], T: float, count: int) -> tuple[dict, float]:
         """This process's share `[m, columns]` of N' = `count` completions at T, with 1[R = 1] as
-        advantages; and how many of the N' are rewarded, a share. m is the same on all processes
-        and a multiple of `steps_per_generation`: what this draws beyond N' has advantage 0."""
+        advantages; and the share of the N' that is rewarded. m is the same on all processes, and a
+        multiple of `steps_per_generation`: what is drawn beyond N' for this has advantage 0."""
         processes, parts = self.accelerator.num_processes, self.args.steps_per_generation
         share = math.ceil(count / processes)
         m = math.ceil(share / parts) * parts
         chosen = [inputs[i % share * len(inputs) // share] for i in range(m)]
+        # The sampler reads its temperature at every call. A copy of the metrics is not reported.
         sampler = self.vllm_generation if self.use_vllm else self.generation_config
         kept = sampler.temperature, self.num_generations, self._metrics
         sampler.temperature, self.num_generations, self._metrics = T, 1, copy.deepcopy(self._metrics)
         rows = super()._generate_and_score_completions(chosen)
         sampler.temperature, self.num_generations, self._metrics = kept
 
-        rewards = self.rewards.view(processes, m)
+        rewards = self.last_rewards.view(processes, m)
         number = torch.arange(m * processes, device=rewards.device).view(m, processes).T  # in turn
         is_right = (rewards == 1) & (number < count)
         rows["advantages"] = is_right[self.accelerator.process_index].to(rewards.dtype)
@@ -118,7 +120,7 @@ class ScopeTrainer(trl.GRPOTrainer):
 
     def _calculate_rewards(self, *args, **kwargs) -> torch.Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
-        self.rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        self.last_rewards = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         return rewards
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -136,42 +138,42 @@ def join(ordinary: dict, auxiliary: dict, pad_id: int) -> dict[str, torch.Tensor
         fill, side = pad_id if name.endswith("_ids") else 0, "left" if "prompt" in name else "right"
         if rows.ndim == 1:
             joined[name] = torch.cat([rows, auxiliary[name]])
-        if rows.ndim == 2:
+        elif rows.ndim == 2:
             joined[name] = pad_sequence([*rows, *auxiliary[name]], True, fill, side)
     return joined
 
 
 def set_up(argv: list[str] | None = None) -> ScopeTrainer:
     """The trainer of a command line. Raises ValueError, OSError or ImportError if it cannot work."""
-    own = make_dataclass("Options", [(f.name, f.type, f) for f in OPTIONS])
-    parser = transformers.HfArgumentParser([own, trl.GRPOConfig], allow_abbrev=False)
+    options_class = make_dataclass("Options", [(field.name, field.type, field) for field in OPTIONS])
+    parser = transformers.HfArgumentParser([options_class, trl.GRPOConfig], allow_abbrev=False)
     parser.set_defaults(loss_type="grpo", lr_scheduler_type="constant_with_warmup", disable_dropout=True)
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # else processes do not meet
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # or the processes do not meet
     options, args = parser.parse_args_into_dataclasses(argv)
     train.check(options.model is not None, "--model is needed: a folder, or a name on the hub")
-    same = {name: getattr(args, name) for name in ("seed", "generation_batch_size", "num_generations")}
-    config = train.Config(**vars(options), **same, num_mini_batches=1)
-    task = (
-        reward.question_answer(config.train_file, config.test_file)
-        if config.task == "gsm8k"
-        else runpy.run_path(config.task)["task"](config)
-    )
+    shared = {name: getattr(args, name) for name in ("seed", "generation_batch_size", "num_generations")}
+    config = train.Config(**vars(options), **shared, num_mini_batches=1)
+
+    if config.task == "gsm8k":
+        task = reward.question_answer(config.train_file, config.test_file)
+    else:
+        task = runpy.run_path(config.task)["task"](config)
     problems = task.train[: config.num_train_problems]
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     questions = [problem.question for problem in problems]
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     if tokenizer("").input_ids == [tokenizer.bos_token_id]:  # TRL tokenizes, which adds it again
         prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
-    problem_of = dict(zip(prompts, problems, strict=True))
+    rows = [{"prompt": text, **problem._asdict()} for text, problem in zip(prompts, problems, strict=True)]
 
-    def is_right(prompts, completions, completion_ids, **_) -> list[float]:
+    def is_right(completions, completion_ids, question, answer, **_) -> list[float]:
         """R of every completion; 0 for a truncated one."""
-        rewards = [task.reward(problem_of[q], o) for q, o in zip(prompts, completions, strict=True)]
-        ends = [ids[-1] in trainer.eos_token_ids for ids in completion_ids]
-        return [R if ended else 0.0 for R, ended in zip(rewards, ends, strict=True)]
+        problems, ends = map(reward.Problem, question, answer), trainer.eos_token_ids
+        drawn = zip(problems, completions, completion_ids, strict=True)
+        return [task.reward(problem, text) if ids[-1] in ends else 0.0 for problem, text, ids in drawn]
 
-    dataset, rest = Dataset.from_dict({"prompt": prompts}), {"processing_class": tokenizer, "config": config}
-    trainer = ScopeTrainer(config.model, is_right, args, dataset, **rest)
+    rest = {"processing_class": tokenizer, "config": config}
+    trainer = ScopeTrainer(config.model, is_right, args, Dataset.from_list(rows), **rest)
     return trainer
 
 

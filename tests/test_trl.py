@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shlex
 import subprocess
 import sys
@@ -24,10 +23,15 @@ import trl_scope  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 START = str(ROOT / "theory" / "tiny" / "start-0")
-TASK = str(ROOT / "theory" / "tiny" / "countdown.py")
+TASK = """
+import countdown
+
+def task(config):
+    return countdown.task(config)._replace(reward=lambda problem, text: float(sum(map(ord, text)) % 2))
+"""  # about half of all completions are right
 # N = 16 in groups of G = 4, in micro-batches of 4. N' = round(0.6 N) = 10; to make equal parts, 12 are drawn.
 SMALL = shlex.split(
-    f"--model {START} --task {TASK} --num_train_problems 12 --generation_batch_size 16 --num_generations 4 "
+    f"--model {START} --num_train_problems 12 --generation_batch_size 16 --num_generations 4 "
     "--per_device_train_batch_size 4 --max_completion_length 10 --bf16 false --gradient_checkpointing false "
     "--report_to none --disable_tqdm true --use_cpu true --save_strategy no --logging_steps 1 "
     "--scope_alpha 0.6 --scope_weight 0.7 --scope_target_entropy 0.9 --scope_gain 0.3 --scope_integral_gain 0.2 "
@@ -38,7 +42,8 @@ WEIGHT, AUXILIARY, DRAWN = 0.7, 10, 12  # alpha as a weight, N', and with the su
 
 @pytest.fixture
 def arguments(tmp_path):
-    return [*SMALL, "--output_dir", str(tmp_path / "run")]
+    (tmp_path / "task.py").write_text(TASK)
+    return [*SMALL, "--task", str(tmp_path / "task.py"), "--output_dir", str(tmp_path / "run")]
 
 
 def rows_of(trainer):
@@ -62,13 +67,9 @@ def as_rollout(batch, tokenizer):
         sequences[i, : lengths[i]] = torch.cat([prompt, completion])
         completion_mask[i, len(prompt) : lengths[i]] = True
     truncated = torch.tensor([tokenizer.eos_token_id not in completion for _, completion in rows])
-    questions, texts = (tokenizer.batch_decode(list(ids), skip_special_tokens=True) for ids in zip(*rows, strict=True))
-    samples = rollout.Rollout(sequences, completion_mask, lengths, truncated, texts)
-    right = [
-        countdown.reward(countdown.Problem(question, question.strip("=").split(":")[1]), text)
-        for question, text in zip(questions, texts, strict=True)
-    ]
-    return samples, torch.tensor(right).double() * ~truncated
+    texts = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
+    rewards = torch.tensor([float(sum(map(ord, text)) % 2) for text in texts]).double() * ~truncated
+    return rollout.Rollout(sequences, completion_mask, lengths, truncated, texts), rewards
 
 
 def sample_advantages(rewards):
@@ -166,9 +167,8 @@ def test_auxiliary_completions_are_drawn_at_T_for_all_prompts(arguments, tokeniz
 
 
 def test_prompts_and_rewards_are_train_py_s(arguments, tokenizer):
-    trainer = trl_scope.set_up(arguments)
-    config = train.Config(seed=trainer.args.seed, num_train_problems=12, num_eval_problems=0)
-    task = runpy.run_path(TASK)["task"](config)
+    trainer = trl_scope.set_up([*arguments, "--task", countdown.__file__])
+    task = countdown.task(train.Config(seed=trainer.args.seed, num_train_problems=12, num_eval_problems=0))
     prompts = rollout.format_prompts(tokenizer, [problem.question for problem in task.train], task.instruction)
     ids = trainer.processing_class(text=trainer.train_dataset["prompt"][:]).input_ids
     assert ids == tokenizer(prompts, add_special_tokens=False).input_ids
@@ -195,8 +195,10 @@ def test_a_file_of_questions(tmp_path):
     rows = [{"question": f"2,5,7:{i}=", "answer": str(i)} for i in range(10)]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = f"--model {START} --train_file {tmp_path / 'data.jsonl'} --output_dir {tmp_path / 'run'} --bf16 false"
-    trainer = trl_scope.set_up(shlex.split(options))
-    assert len(trainer.train_dataset) == 9  # the last tenth is there to evaluate on
+    assert len(trl_scope.set_up(options.split()).train_dataset) == 9  # the last tenth is there to evaluate on
+    trainer = trl_scope.set_up([*options.split(), "--num_train_problems", "5"])
+    assert list(trainer.train_dataset["question"]) == [row["question"] for row in rows[:5]]
+    assert trainer.args.use_cpu == (not torch.accelerator.is_available())
     config, published = trainer.config, train.Config()
     names = [field.name for field in trl_scope.OPTIONS if field.name.startswith("scope_")]
     assert len(names) == 8
@@ -204,6 +206,32 @@ def test_a_file_of_questions(tmp_path):
     columns = {"question": ["2,5,7:3="], "answer": ["3"], "completion_ids": [[5, 1]]}
     assert trainer.reward_funcs[0](completions=["#### 3"], **columns) == [1.0]
     assert trainer.reward_funcs[0](completions=["#### 4"], **columns) == [0.0]
+
+
+def test_join_pads_prompts_on_the_left_and_the_rest_on_the_right():
+    def rows(n, prompt, completion, value):
+        sizes = {
+            "prompt_ids": prompt,
+            "prompt_mask": prompt,
+            "completion_ids": completion,
+            "completion_mask": completion,
+        }
+        sizes |= {"old_per_token_logps": completion, "importance_sampling_ratio": 1}
+        return {name: torch.full((n, size), value) for name, size in sizes.items()}
+
+    one = {**rows(2, 1, 3, 5), "advantages": torch.ones(2), "num_items_in_batch": torch.tensor(6)}
+    two = {**rows(1, 2, 2, 7), "advantages": torch.zeros(1), "num_items_in_batch": torch.tensor(2)}
+    joined = {name: x.tolist() for name, x in trl_scope.join(one, two, pad_id=9).items()}
+    assert joined == {
+        "prompt_ids": [[9, 5], [9, 5], [7, 7]],
+        "prompt_mask": [[0, 5], [0, 5], [7, 7]],
+        "completion_ids": [[5, 5, 5], [5, 5, 5], [7, 7, 9]],
+        "completion_mask": [[5, 5, 5], [5, 5, 5], [7, 7, 0]],
+        "old_per_token_logps": [[5, 5, 5], [5, 5, 5], [7, 7, 0]],
+        "importance_sampling_ratio": [[5], [5], [7]],
+        "advantages": [1, 1, 0],
+        "num_items_in_batch": 6,
+    }
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +277,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
 
     monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
     model = transformers.AutoModelForCausalLM.from_pretrained(START).eval()
-    integral, expected, lr, tokens = 0.0, 1.0, 0.2, []
+    integral, expected, lr, tokens, surplus = 0.0, 1.0, 0.2, [], []
     for step, pair in enumerate(zip(*(rank["generations"] for rank in ranks), strict=True)):
         assert T[step] == pytest.approx(expected, abs=1e-5)
         model.load_state_dict(pair[0]["weights"])
@@ -267,6 +295,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
             H, integral, target=0.9, gain=0.3, minimum=0.5, maximum=1.5, integral_gain=0.2, integral_band=9
         )
 
+        surplus.extend(rewards[0][13:].tolist() + rewards[1][13:].tolist())
         turns = [(i % 2, 8 + i // 2) for i in range(AUXILIARY)]  # process and row of each auxiliary completion
         auxiliary = torch.stack([rewards[rank][row] for rank, row in turns])
         assert ranks[0]["log"][step]["scope_positive_frac"] == pytest.approx(auxiliary.mean().item())
@@ -286,6 +315,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
             change = after[name] - pair[0]["weights"][name]
             assert (change + lr * p.grad).norm() < 1e-3 * change.norm() + 1e-6, (step, name)
     assert any(a != b for a, b in tokens)
+    assert len(surplus) == 6 and 1 in surplus  # rewarded, and without weight
 
 
 def test_checkpoints_keep_H_and_the_integral(arguments, tmp_path):

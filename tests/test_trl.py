@@ -1,0 +1,388 @@
+"""theory/lab/trl_scope.py: TRL's loss and steps against scope_rl's, on the same completions."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+import countdown
+import rollout
+import scope_rl
+import train
+
+trl = pytest.importorskip("trl")
+import trl_scope  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+START = str(ROOT / "theory" / "tiny" / "start-0")
+TASK = """
+import countdown
+
+def task(config):
+    return countdown.task(config)._replace(reward=lambda problem, text: float(sum(map(ord, text)) % 2))
+"""  # about half of all completions are right
+# N = 16 in groups of G = 4, in micro-batches of 4. N' = round(0.6 N) = 10; to make equal parts, 12 are drawn.
+SMALL = shlex.split(
+    f"--model {START} --num_train_problems 12 --generation_batch_size 16 --num_generations 4 "
+    "--per_device_train_batch_size 4 --max_completion_length 10 --bf16 false --gradient_checkpointing false "
+    "--report_to none --disable_tqdm true --use_cpu true --save_strategy no --logging_steps 1 "
+    "--scope_alpha 0.6 --scope_weight 0.7 --scope_target_entropy 0.9 --scope_gain 0.3 --scope_integral_gain 0.2 "
+    "--scope_integral_band 9 --scope_temperature_min 0.5 --scope_temperature_max 1.5"
+)
+WEIGHT, AUXILIARY, DRAWN = 0.7, 10, 12  # alpha as a weight, N', and with the surplus
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    return [*SMALL, "--task", str(tmp_path / "task.py"), "--output_dir", str(tmp_path / "run")]
+
+
+def rows_of(trainer):
+    """A generation batch as TRL's sampler makes it, of the first prompts."""
+    count, G = trainer.args.generation_batch_size, trainer.num_generations
+    return [trainer.train_dataset[i // G] for i in range(count)]
+
+
+def as_rollout(batch, tokenizer):
+    """TRL's rows, padded on both sides, as ours; and the reward of each."""
+    rows = [
+        (ids[mask == 1], completion[kept == 1])
+        for ids, mask, completion, kept in zip(
+            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], strict=True
+        )
+    ]
+    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
+    sequences = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id)
+    completion_mask = torch.zeros(sequences.shape, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        sequences[i, : lengths[i]] = torch.cat([prompt, completion])
+        completion_mask[i, len(prompt) : lengths[i]] = True
+    truncated = torch.tensor([tokenizer.eos_token_id not in completion for _, completion in rows])
+    texts = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
+    rewards = torch.tensor([float(sum(map(ord, text)) % 2) for text in texts]).double() * ~truncated
+    return rollout.Rollout(sequences, completion_mask, lengths, truncated, texts), rewards
+
+
+def sample_advantages(rewards):
+    """TRL's: divided by the standard deviation of the sample, ours by the population's."""
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+
+
+def in_float64(model, input_ids, attention_mask, logits_to_keep, **_):
+    """What TRL's method of this name returns; its own output head computes in float32."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions).logits[:, :-1]
+    log_p = logits.log_softmax(-1)
+    logprobs = log_p.gather(2, input_ids[:, 1:, None])[:, :, 0]
+    entropies = -(log_p.exp() * log_p).sum(2)
+    return logprobs[:, -logits_to_keep:], entropies[:, -logits_to_keep:], None
+
+
+def gradient(model):
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+# --- The objective ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("their_head, tolerance", [(False, 1e-6), (True, 1e-5)])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("with_auxiliary", [True, False])
+def test_loss_and_gradient_are_ours(
+    arguments, tokenizer, monkeypatch, with_auxiliary, parts, their_head, tolerance
+):  # fmt: skip
+    # Two mini-batches: TRL keeps log pi_old, which is then moved away, for ratios beyond the clip.
+    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "2"])
+    model = trainer.model.double().train()
+    if not their_head:
+        trainer._get_per_token_logps_and_entropies = in_float64
+    torch.manual_seed(0)
+    of = trl_scope.ScopeTrainer if with_auxiliary else trl.GRPOTrainer
+    batch = of._generate_and_score_completions(trainer, rows_of(trainer))
+    noise = 0.5 * torch.randn(batch["completion_mask"].shape, dtype=torch.float64)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + noise
+    samples, rewards = as_rollout(batch, tokenizer)
+    B = 16 + DRAWN if with_auxiliary else 16
+    groups, auxiliary = rewards[:16].view(4, 4), rewards[16:][:AUXILIARY]
+    assert len(rewards) == B and groups.std(1).max() > 0
+    assert not with_auxiliary or 0 < auxiliary.sum() < AUXILIARY
+
+    monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
+    table = scope_rl.objective_table(groups, auxiliary, WEIGHT)
+    rows = torch.arange(len(table.weights))
+    logprobs, entropies = rollout.score(model, samples, rows)
+    old = torch.zeros(samples.sequences.shape, dtype=torch.float64)
+    old[samples.completion_mask] = batch["old_per_token_logps"][batch["completion_mask"] == 1]
+    columns = logprobs, old[rows], entropies, samples.completion_mask[rows]
+    loss, _ = scope_rl.scope_loss(*columns, table)
+    for some in (table.advantages > 0, table.advantages < 0, rows >= 16):  # the clip cuts off some of each kind
+        _, clipped = scope_rl.scope_loss(*(x[some] for x in columns), table.rows(some))
+        assert clipped > 0 or not some.any()
+    loss.backward()
+    ours = gradient(model)
+
+    trainer.current_gradient_accumulation_steps = parts
+    total = 0.0
+    for part in torch.randperm(B).view(parts, -1):
+        part_loss = trainer._compute_loss(model, {name: x[part] if x.ndim else x for name, x in batch.items()})
+        part_loss.backward()
+        total += part_loss.item()
+    assert total == pytest.approx(loss.item(), abs=tolerance)
+    assert (gradient(model) - ours).norm() < tolerance * ours.norm()
+
+
+def test_auxiliary_completions_are_drawn_at_T_for_all_prompts(arguments, tokenizer):
+    cold = ["--scope_temperature_min", "1e-3", "--scope_temperature_max", "1e-3"]
+    torch.manual_seed(0)
+    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4", *cold])
+    trainer.model.train()
+    metrics = trainer._metrics
+    batch = trainer._generate_and_score_completions(rows_of(trainer))
+    samples, rewards = as_rollout(batch, tokenizer)
+    assert len(samples.texts) == 16 + DRAWN
+    cold_texts = {}  # the most likely completion of each prompt
+    for prompt in dict.fromkeys(row["prompt"] for row in rows_of(trainer)):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = trainer.model.eval().generate(**inputs, max_new_tokens=10, do_sample=False)[0]
+        cold_texts[prompt] = tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    texts = dict.fromkeys(samples.texts[16:][:AUXILIARY])
+    assert list(texts) == list(dict.fromkeys(cold_texts.values())) and len(texts) > 1
+    assert len(set(samples.texts[:16])) > 8  # the ordinary ones were drawn at 1
+    assert trainer.generation_config.temperature == 1 and trainer.num_generations == 4
+    assert trainer._metrics is metrics and len(metrics["train"]["reward"]) == 1  # of the ordinary ones only
+    # Surplus rows are in no mean: neither in the objective nor in scope_positive_frac.
+    assert batch["advantages"][16 + AUXILIARY :].eq(0).all()
+    assert metrics["train"]["scope_positive_frac"] == [rewards[16:][:AUXILIARY].mean().item()]
+
+
+def test_prompts_and_rewards_are_train_py_s(arguments, tokenizer):
+    trainer = trl_scope.set_up([*arguments, "--task", countdown.__file__])
+    task = countdown.task(train.Config(seed=trainer.args.seed, num_train_problems=12, num_eval_problems=0))
+    prompts = rollout.format_prompts(tokenizer, [problem.question for problem in task.train], task.instruction)
+    ids = trainer.processing_class(text=trainer.train_dataset["prompt"][:]).input_ids
+    assert ids == tokenizer(prompts, add_special_tokens=False).input_ids
+    assert [(row["question"], row["answer"]) for row in trainer.train_dataset] == list(map(tuple, task.train))
+    end, right = tokenizer.eos_token_id, "7+2+5+5"
+    columns = {"question": ["2,5,7:19="] * 3, "answer": ["19"] * 3, "completion_ids": [[5, end], [5], [5, end]]}
+    assert trainer.reward_funcs[0](completions=[right, right, "7"], **columns) == [1.0, 0.0, 0.0]  # cut off, wrong
+
+
+def test_a_begin_token_comes_once(arguments, monkeypatch):
+    """train.py's prompts begin with it, and some tokenizers put one before every text."""
+    template, token = "{{ bos_token + messages[0]['content'][:8] }}", [("<eos>", 1)]
+    plain = transformers.AutoTokenizer.from_pretrained(START, bos_token="<eos>", chat_template=template)
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=token)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: plain)
+    trainer = trl_scope.set_up(arguments)
+    ids = trainer.processing_class(text=trainer.train_dataset["prompt"][0]).input_ids
+    question = trainer.train_dataset["question"][0]
+    assert ids == plain("<eos>" + question[:8], add_special_tokens=False).input_ids
+    assert ids.count(1) == 1
+
+
+def test_a_file_of_questions(tmp_path):
+    rows = [{"question": f"2,5,7:{i}=", "answer": str(i)} for i in range(10)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = f"--model {START} --train_file {tmp_path / 'data.jsonl'} --output_dir {tmp_path / 'run'} --bf16 false"
+    assert len(trl_scope.set_up(options.split()).train_dataset) == 9  # the last tenth is there to evaluate on
+    trainer = trl_scope.set_up([*options.split(), "--num_train_problems", "5"])
+    assert list(trainer.train_dataset["question"]) == [row["question"] for row in rows[:5]]
+    assert trainer.args.use_cpu == (not torch.accelerator.is_available())
+    config, published = trainer.config, train.Config()
+    names = [field.name for field in trl_scope.OPTIONS if field.name.startswith("scope_")]
+    assert len(names) == 8
+    assert all(getattr(config, name) == getattr(published, name) for name in names)
+    columns = {"question": ["2,5,7:3="], "answer": ["3"], "completion_ids": [[5, 1]]}
+    assert trainer.reward_funcs[0](completions=["#### 3"], **columns) == [1.0]
+    assert trainer.reward_funcs[0](completions=["#### 4"], **columns) == [0.0]
+
+
+def test_join_pads_prompts_on_the_left_and_the_rest_on_the_right():
+    def rows(n, prompt, completion, value):
+        sizes = {
+            "prompt_ids": prompt,
+            "prompt_mask": prompt,
+            "completion_ids": completion,
+            "completion_mask": completion,
+        }
+        sizes |= {"old_per_token_logps": completion, "importance_sampling_ratio": 1}
+        return {name: torch.full((n, size), value) for name, size in sizes.items()}
+
+    one = {**rows(2, 1, 3, 5), "advantages": torch.ones(2), "num_items_in_batch": torch.tensor(6)}
+    two = {**rows(1, 2, 2, 7), "advantages": torch.zeros(1), "num_items_in_batch": torch.tensor(2)}
+    joined = {name: x.tolist() for name, x in trl_scope.join(one, two, pad_id=9).items()}
+    assert joined == {
+        "prompt_ids": [[9, 5], [9, 5], [7, 7]],
+        "prompt_mask": [[0, 5], [0, 5], [7, 7]],
+        "completion_ids": [[5, 5, 5], [5, 5, 5], [7, 7, 9]],
+        "completion_mask": [[5, 5, 5], [5, 5, 5], [7, 7, 0]],
+        "old_per_token_logps": [[5, 5, 5], [5, 5, 5], [7, 7, 0]],
+        "importance_sampling_ratio": [[5], [5], [7]],
+        "advantages": [1, 1, 0],
+        "num_items_in_batch": 6,
+    }
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------------------
+
+
+def record(argv, path):
+    """Train, and keep what every generation started from and what it drew, on this process."""
+    trainer = trl_scope.set_up(argv)
+    generate, generations = trainer._generate_and_score_completions, []
+
+    def recording(inputs):
+        weights = {name: x.clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+        batch = generate(inputs)
+        generations.append(
+            {"weights": weights, "batch": batch, "T": trainer._metrics["train"]["scope_temperature"][-1]}
+        )
+        return batch
+
+    trainer._generate_and_score_completions = recording
+    trainer.train()
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    result = {"generations": generations, "weights": weights, "log": trainer.state.log_history}
+    result["processes"] = trainer.accelerator.num_processes
+    torch.save(result, f"{path}.{trainer.accelerator.process_index}")
+
+
+def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, monkeypatch):
+    """Three steps of plain gradient descent, each on a whole generation; recomputed with scope_rl on one process."""
+    paths = [str(ROOT / folder) for folder in ("", "theory", "theory/lab", "theory/tiny")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    descent = "--optim sgd --learning_rate 0.2 --lr_scheduler_type constant --max_grad_norm 1e9 --max_steps 3"
+    options = [*arguments, *descent.split(), "--gradient_accumulation_steps", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, __file__, str(tmp_path / "record"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"record.{rank}", weights_only=False) for rank in (0, 1)]
+    assert ranks[0]["processes"] == 2
+    for name, x in ranks[0]["weights"].items():
+        assert torch.equal(x, ranks[1]["weights"][name]), name
+    T = [generation["T"] for generation in ranks[0]["generations"]]
+    assert [generation["T"] for generation in ranks[1]["generations"]] == T and len(set(T)) == 3
+
+    monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
+    model = transformers.AutoModelForCausalLM.from_pretrained(START).eval()
+    integral, expected, lr, tokens, surplus = 0.0, 1.0, 0.2, [], []
+    for step, pair in enumerate(zip(*(rank["generations"] for rank in ranks), strict=True)):
+        assert T[step] == pytest.approx(expected, abs=1e-5)
+        model.load_state_dict(pair[0]["weights"])
+        rows = [as_rollout(generation["batch"], tokenizer) for generation in pair]
+        both, rewards = zip(*rows, strict=True)
+        assert both[0].texts[:8] != both[1].texts[:8]
+        # H is a mean over tokens: the processes' means differ, and so do their numbers of tokens.
+        scores = [[x.detach() for x in rollout.score(model, samples, torch.arange(8))] for samples in both]
+        masks = [samples.completion_mask[:8] for samples in both]
+        H = sum(score[1].sum() for score in scores).item() / sum(mask.sum() for mask in masks).item()
+        tokens.append([int(mask.sum()) for mask in masks])
+        assert ranks[0]["log"][step]["entropy"] == pytest.approx(H, abs=1e-5)
+        assert ranks[0]["log"][step]["scope_temperature"] == T[step]
+        expected, integral = scope_rl.scope_temperature(
+            H, integral, target=0.9, gain=0.3, minimum=0.5, maximum=1.5, integral_gain=0.2, integral_band=9
+        )
+
+        surplus.extend(rewards[0][13:].tolist() + rewards[1][13:].tolist())
+        turns = [(i % 2, 8 + i // 2) for i in range(AUXILIARY)]  # process and row of each auxiliary completion
+        auxiliary = torch.stack([rewards[rank][row] for rank, row in turns])
+        assert ranks[0]["log"][step]["scope_positive_frac"] == pytest.approx(auxiliary.mean().item())
+        groups = torch.cat([rewards[0][:8], rewards[1][:8]]).view(4, 4)
+        table = scope_rl.objective_table(groups.float(), auxiliary.float(), WEIGHT)
+        places = [(rank, row) for rank in (0, 1) for row in range(8)] + turns
+        loss = 0.0
+        for i, (rank, row) in enumerate(places):
+            row = torch.tensor([row])
+            logprobs, entropies = rollout.score(model, both[rank], row)
+            mask, share = both[rank].completion_mask[row], table.rows(torch.tensor([i]))
+            loss = loss + scope_rl.scope_loss(logprobs, logprobs.detach(), entropies, mask, share)[0]
+        model.zero_grad()
+        loss.backward()
+        after = ranks[0]["generations"][step + 1]["weights"] if step < 2 else ranks[0]["weights"]
+        for name, p in model.named_parameters():
+            change = after[name] - pair[0]["weights"][name]
+            assert (change + lr * p.grad).norm() < 1e-3 * change.norm() + 1e-6, (step, name)
+    assert any(a != b for a, b in tokens)
+    assert len(surplus) == 6 and 1 in surplus  # rewarded, and without weight
+
+
+def test_checkpoints_keep_H_and_the_integral(arguments, tmp_path):
+    options = [*arguments, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    options += ["--learning_rate", "1e-2", "--gradient_accumulation_steps", "4"]  # a step is a generation
+    straight = trl_scope.set_up(options)
+    straight.train()
+    resumed = trl_scope.set_up(options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    names = ("entropy", "scope_temperature", "scope_positive_frac", "reward")
+    logs = [[[row[name] for name in names] for row in run.state.log_history[:4]] for run in (straight, resumed)]
+    assert logs[0] == logs[1]
+    assert len({row[1] for row in logs[0]}) == 4
+    state = straight.state.stateful_callbacks["scope"]
+    assert state == resumed.state.stateful_callbacks["scope"] and state["integral"] != 0
+
+
+def test_vllm_samples_at_T_and_its_correction_is_for_ordinary_rows(arguments):
+    """A stand-in for TRL's vLLM backend: its log-probabilities are off, and it reports how it was called."""
+    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4", "--scope_temperature_max", "0.6"])
+    calls = []
+
+    def generate(prompts, num_generations, **_):
+        calls.append((trainer.vllm_generation.temperature, num_generations, len(prompts)))
+        return prompts, [[5, 1]] * len(prompts), [[[-0.1], [-0.1]]] * len(prompts), None
+
+    trainer.model.train()
+    trainer.use_vllm, trainer._last_loaded_step = True, 0
+    trainer.vllm_generation = types.SimpleNamespace(temperature=1.0, generate=generate)
+    batch = trainer._generate_and_score_completions(rows_of(trainer))
+    assert calls == [(1.0, 4, 16), (0.6, 1, DRAWN)]
+    assert trainer.vllm_generation.temperature == 1.0
+    assert (batch["importance_sampling_ratio"][:16] != 1).all()
+    assert (batch["importance_sampling_ratio"][16:] == 1).all()
+
+
+# --- Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--loss_type", "dapo"], "loss_type"),
+        (["--beta", "0.1"], "beta"),
+        (["--scope_alpha", "0"], "scope_weight"),
+        (["--model", "/no/such/folder"], "folder"),
+        (["--task", "/no/such.py"], "such.py"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line(arguments, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["trl_scope.py", *arguments, *options])
+    with pytest.raises(SystemExit, match=message) as stop:
+        trl_scope.main()
+    assert stop.value.code.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", [name for name in trl_scope.INTERNALS if hasattr(trl.GRPOTrainer, name)])
+def test_another_trl_without_a_method_ends_in_one_line(arguments, monkeypatch, name):
+    monkeypatch.delattr(trl.GRPOTrainer, name)
+    monkeypatch.setattr(sys, "argv", ["trl_scope.py", *arguments])
+    with pytest.raises(SystemExit, match=f"{name}: install trl"):
+        trl_scope.main()
+
+
+def test_the_extra_installs_the_versions_that_the_messages_name():
+    assert f'trl = ["{trl_scope.VERSIONS}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+if __name__ == "__main__":
+    record(sys.argv[2:], sys.argv[1])

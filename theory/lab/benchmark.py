@@ -3,10 +3,11 @@
     python theory/lab/benchmark.py speed [--repeats 5] [--peer] ...     seconds a step, by phase; peak memory
     python theory/lab/benchmark.py memory [--prompt_length 200] ...     gigabytes, calculated, nothing is run
 
-`speed` takes training steps on a model and says how long sampling and updating took. With --peer (the
-extra `trl`) TRL's GRPOTrainer takes its steps in turn with ours, in one process, on the same prompts,
-group size, lengths and precision, one gradient step a batch, without gradient checkpointing. It ends
-with the floor: the floating-point operations of a step, at the speed of a matrix product here.
+`speed` takes training steps on a model and says how long sampling and updating took, and what they
+would take at the least on this machine. Every completion counts and half of them are rewarded, so
+that every group has something to learn. With --peer (the extra `trl`) TRL's GRPOTrainer takes its
+steps in turn with ours, in one process, on the same prompts, group size, lengths and precision,
+without gradient checkpointing, one gradient step a batch (give ours --num_mini_batches 1).
 """
 
 import argparse
@@ -68,10 +69,11 @@ def as_if_ended(*given) -> train.Rollout:
     """`rollout.generate`, whose truncated completions may earn their reward too, as TRL's do."""
     samples = GENERATE(*given)
     samples.truncated[:] = False
+    LAST["samples"] = samples
     return samples
 
 
-GENERATE = train.rollout.generate
+GENERATE, LAST = train.rollout.generate, {}
 
 
 class Ours:
@@ -125,6 +127,39 @@ def with_peer(ours: Ours, config: train.Config, repeats: int) -> list[float]:
     return turns.seconds
 
 
+def seconds_of(work, repeats: int = 10) -> float:
+    """Mean time of a call, after one that is not counted."""
+    work()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def floor(run: train.Run) -> tuple[float, float]:
+    """Seconds that sampling and updating on the last step's samples would take at the least.
+
+    Floating-point operations at the speed of a matrix product, and for sampling, if that is more, one
+    reading of the weights for each token at the speed of a copy.
+    """
+    a, block = (torch.randn(1024, 1024, device=run.model.device) for _ in range(2))
+    speed = 2 * 1024**3 / seconds_of(lambda: a @ block)
+    copy = torch.randn(2**25, device=run.model.device)
+    bandwidth = 2 * 4 * copy.numel() / seconds_of(copy.clone)
+
+    samples, V = LAST["samples"], run.model.get_input_embeddings().num_embeddings
+    head = V * run.model.get_output_embeddings().in_features
+    body = run.model.num_parameters() - head
+    sampled, all_tokens = samples.completion_mask.sum().item(), samples.lengths.sum().item()
+    prompts = (all_tokens - sampled) / run.config.num_generations
+    steps = samples.completion_mask.sum(1).max().item()
+    operations = 2 * body * (prompts + sampled) + 2 * head * sampled
+    sampling = max(operations / speed, 4 * (body + head) * steps / bandwidth)
+    return sampling, (6 * body * all_tokens + 8 * head * sampled) / speed
+
+
 def speed(config: train.Config, repeats: int, peer: bool) -> None:
     """Take the steps and print medians over all but the first, with the range; then peak memory and floor."""
     ours = Ours(config)
@@ -137,7 +172,12 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
         columns |= {"TRL's step": np.array(theirs)[1:], "TRL / ours": np.array(theirs)[1:] / steps.sum(1)}
     for name, values in columns.items():
         print(f"{name:<20} {np.median(values):8.2f}   {values.min():.2f} to {values.max():.2f}")
-    print(f"{'peak memory, GB':<20} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:8.2f}")
+    for name, seconds in zip(("floor of sampling", "floor of updating"), floor(ours.run), strict=True):
+        print(f"{name:<20} {seconds:8.2f}")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    print(f"{'peak memory, GB':<20} {memory / 1e9:8.2f}")
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
     for _ in range(0 if peer else repeats + 1):
         ours.step()
     steps = np.array(ours.steps)[1:]
-    columns = {"sampling": steps[:, 0], "scoring and update": steps[:, 1], "step": steps.sum(1)}
+    columns = {"sampling": steps[:, 0], "update": steps[:, 1], "step": steps.sum(1)}
     if peer:
         columns |= {"TRL's step": np.array(theirs)[1:], "TRL / ours": np.array(theirs)[1:] / steps.sum(1)}
     for name, values in columns.items():

@@ -1,17 +1,12 @@
 """Exact token entropy, its temperature derivative, and log-probabilities.
 
-A language model turns the logits z of one position into the policy softmax(z / T). Its entropy, in nats, is
+Logits z make a policy p = softmax(z / T). Its entropy, in nats, can only grow with T:
 
-    H(T) = -sum_a p_a log p_a,        p = softmax(z / T),
+    H(T) = -sum_a p_a log p_a,        dH/dT = Var_p(z) / T^3 >= 0.    (paper, section 3; theory/)
 
-and heating it can only spread it out:
-
-    dH/dT = Var_p(z) / T^3 >= 0.                            (paper, section 3; proved in theory/)
-
-Both are closed forms: no sampling is involved. The one practical difficulty is memory. With Qwen3's
-151,936 tokens a single completion of 1,024 tokens has 622 MB of float32 logits, so
-`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and comes back the
-same way: with x = log p, the gradients are closed forms too (theory/README.md, section 1),
+The one difficulty is memory: with Qwen3's 151,936 tokens a completion of 1,024 has 622 MB of float32
+logits. So `logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and back by
+closed forms too (theory/README.md, section 1): with x = log p,
 
     d log p_a / dz_b = 1[a = b] - p_b,        dH / dz_b = -p_b (x_b + H).
 """
@@ -30,7 +25,7 @@ def log_policy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(z / T) of logits `[..., V]`, in float32 or better; T > 0 is a number or `[...]`."""
     z = at_least_float32(logits)
     T = temperature.to(z)[..., None] if isinstance(temperature, Tensor) else temperature  # [..., 1]
-    return torch.log_softmax(z / T, dim=-1)  # [..., V]
+    return torch.log_softmax(z / T, dim=-1)
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -48,8 +43,7 @@ def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor =
     p = log_policy(logits, temperature).exp()  # [..., V]
     z = at_least_float32(logits)
     centred = z - (p * z).sum(-1, keepdim=True)
-    variance = (p * centred**2).sum(-1)  # Var_p(z)  [...]
-    return variance / temperature**3
+    return (p * centred**2).sum(-1) / temperature**3  # Var_p(z) / T^3  [...]
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -91,11 +85,10 @@ class ChunkedHead(torch.autograd.Function):
 def logprobs_and_entropies(
     hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and the entropy of its distribution, at temperature 1, in nats.
+    """log p of each token id, `[N]`, and H of its distribution, `[N]` nats, both at T = 1.
 
-    `hidden` is `[N, D]`, states that each predict the token of the same row; `head` the model's output
-    head with weight `[V, D]`, applied in float32 or better; `tokens` `[N]` ids. Only `chunk_size` rows
-    of logits exist at a time, and the two results `[N]` and their gradients do not depend on it.
+    The states `[N, D]` meet the head, of weight `[V, D]`, in float32 or better, `chunk_size` at a time;
+    neither results nor gradients depend on that.
     """
     return ChunkedHead.apply(at_least_float32(hidden), head.weight, head.bias, tokens, chunk_size)
 

@@ -1,11 +1,9 @@
 """Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-A `Task` is problems, and a reward R(q, o) in {0, 1} for a completion o of question q. The one here
-is *question and answer*: a JSONL file with `question` and `answer`, the final answer after `####`,
-as in GSM8K. Your own data trains the same way; theory/tiny/countdown.py is another kind of task.
-
-The model's output is hostile input: it is only ever matched against patterns that take linear time,
-and read as numbers of bounded length.
+The task here is *question and answer*: a JSONL file with `question` and `answer`, the final answer
+after `####`, as in GSM8K. theory/tiny/countdown.py is another kind. The model's output is hostile
+input: it is only ever matched against patterns that take linear time, and read as numbers of
+bounded length.
 """
 
 import json
@@ -27,7 +25,7 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Problems to train and to evaluate on, what the model is told after each, and R(q, o)."""
+    """Problems to train and to evaluate on, what is said after each, and R(q, o) in {0, 1}."""
 
     train: list[Problem]
     test: list[Problem]
@@ -75,8 +73,7 @@ def answer_reward(problem: Problem, completion: str) -> float:
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a JSONL file; the final answer is what follows `####`, or the whole field.
 
-    Raises:
-        ValueError: naming file and line, if the file cannot be read or a line is not a problem.
+    Raises ValueError, naming file and line, if it cannot be read or a line is not a problem.
     """
     problems = []
     try:
@@ -103,10 +100,9 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def download_gsm8k(split: str) -> Path:
-    """GSM8K's "train" or "test" file, kept in the user's cache ($SCOPE_RL_CACHE) and checked.
+    """GSM8K's "train" or "test" file, kept in the user's cache ($SCOPE_RL_CACHE).
 
-    Raises:
-        ValueError: if it cannot be fetched, or is not the file it should be.
+    Raises ValueError if it cannot be fetched, or is not the file it should be.
     """
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
@@ -126,20 +122,19 @@ def question_answer(train_file: str | None, test_file: str | None) -> Task:
     train = load_problems(train_file or download_gsm8k("train"))
     if test_file or not train_file:
         test = load_problems(test_file or download_gsm8k("test"))
-    elif len(train) > 1:
+    else:
         held_out = -(-len(train) // 10)
         train, test = train[:-held_out], train[-held_out:]
-    else:
-        reason = "without --test_file it takes two or more, one to evaluate on"
-        raise ValueError(f"{train_file} holds one problem: {reason}")
+        if not train:
+            reason = "without --test_file it takes two or more, one to evaluate on"
+            raise ValueError(f"{train_file} holds one problem: {reason}")
     return Task(train, test, INSTRUCTION, answer_reward)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k).
+    """The chance that k of n samples, c of them right, hold a right one; exact in integers.
 
-    It is the unbiased estimate of Pass@k (Chen et al. 2021, equation 1), exact in integers.
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    It is the unbiased estimate of Pass@k (Chen et al. 2021, equation 1). Raises ValueError.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")

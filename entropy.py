@@ -4,15 +4,15 @@ Logits z make a policy p = softmax(z / T). Its entropy, in nats, can only grow w
 
     H(T) = -sum_a p_a log p_a,        dH/dT = Var_p(z) / T^3 >= 0.    (paper, section 3; theory/)
 
-The one difficulty is memory: with Qwen3's 151,936 tokens a completion of 1,024 has 622 MB of float32
-logits. So `logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and back by
-closed forms too (theory/README.md, section 1): with x = log p,
+What is difficult is memory: with Qwen3's 151,936 tokens, 1,024 positions have 622 MB of logits. So
+`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and back by closed
+forms (theory/README.md, section 1): with x = log p,
 
     d log p_a / dz_b = 1[a = b] - p_b,        dH / dz_b = -p_b (x_b + H).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -82,14 +82,9 @@ class ChunkedHead(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def logprobs_and_entropies(
-    hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """log p of each token id, `[N]`, and H of its distribution, `[N]` nats, both at T = 1.
-
-    The states `[N, D]` meet the head, of weight `[V, D]`, in float32 or better, `chunk_size` at a time;
-    neither results nor gradients depend on that.
-    """
+def logprobs_and_entropies(hidden: Tensor, head: nn.Linear, tokens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """log p of each token id, `[N]`, and H of its distribution, `[N]` nats, at T = 1, from states
+    `[N, D]` and a head `[V, D]`; in float32 or better, and independent of the chunk size."""
     return ChunkedHead.apply(at_least_float32(hidden), head.weight, head.bias, tokens, chunk_size)
 
 

@@ -1,9 +1,8 @@
 """Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-The task here is *question and answer*: a JSONL file with `question` and `answer`, the final answer
-after `####`, as in GSM8K. theory/tiny/countdown.py is another kind. The model's output is hostile
-input: it is only ever matched against patterns that take linear time, and read as numbers of
-bounded length.
+The task here is *question and answer*: JSONL with `question` and `answer`, the final answer after
+`####`, as in GSM8K. (theory/tiny/countdown.py is another.) The model's output is hostile input: it
+is only ever matched against patterns of linear time, and read as numbers of bounded length.
 """
 
 import json
@@ -59,10 +58,8 @@ def final_answer(completion: str) -> str:
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
-    """1 if the completion's final answer is the problem's, else 0: as a number, if that is one.
-
-    Its first number counts, so "#### $72." is 72. Texts are compared but for case and a full stop.
-    """
+    """1 if the final answers are equal, else 0: as numbers if the problem's is one (the first
+    counts: "#### $72." is 72), else as texts, but for case and a full stop."""
     given, wanted = final_answer(completion), problem.answer
     if number(wanted) is not None:
         first = NUMBER.search(given)
@@ -71,10 +68,8 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 
 def load_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file; the final answer is what follows `####`, or the whole field.
-
-    Raises ValueError, naming file and line, if it cannot be read or a line is not a problem.
-    """
+    """Read a JSONL file; the final answer is what follows `####`, or the whole field. Raises
+    ValueError, naming file and line, if the file cannot be read or a line is not a problem."""
     problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -89,8 +84,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         except (ValueError, KeyError, TypeError, RecursionError):
             question = answer = None
         final = str(answer).rpartition("####")[2].strip()
-        has_answer = isinstance(answer, str | int | float) and final
-        if not (isinstance(question, str) and question and has_answer):
+        if not (isinstance(question, str) and question and isinstance(answer, str | int | float) and final):
             wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
             raise ValueError(f"{path}, line {line_number}: {wanted}, got {line[:60]!r}")
         problems.append(Problem(question, final))
@@ -100,10 +94,7 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def download_gsm8k(split: str) -> Path:
-    """GSM8K's "train" or "test" file, kept in the user's cache ($SCOPE_RL_CACHE).
-
-    Raises ValueError if it cannot be fetched, or is not the file it should be.
-    """
+    """GSM8K's "train" or "test" file, cached in $SCOPE_RL_CACHE; ValueError if it cannot be had."""
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
     if not path.exists():
@@ -118,7 +109,7 @@ def download_gsm8k(split: str) -> Path:
 
 
 def question_answer(train_file: str | None, test_file: str | None) -> Task:
-    """The task of a file, or of GSM8K; without a test file the last tenth is there to evaluate on."""
+    """The task of a file, or of GSM8K; without a test file its last tenth is to evaluate on."""
     train = load_problems(train_file or download_gsm8k("train"))
     if test_file or not train_file:
         test = load_problems(test_file or download_gsm8k("test"))
@@ -132,10 +123,8 @@ def question_answer(train_file: str | None, test_file: str | None) -> Task:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one; exact in integers.
-
-    It is the unbiased estimate of Pass@k (Chen et al. 2021, equation 1). Raises ValueError.
-    """
+    """The chance that k of n samples, c of them right, hold a right one: the unbiased estimate of
+    Pass@k (Chen et al. 2021, equation 1), exact in integers. Raises ValueError."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - comb(n - c, k) / comb(n, k)

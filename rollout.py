@@ -2,13 +2,11 @@
 
 SCOPE needs samples of a policy pi, and a few of pi^T(a | s) = softmax(z(s) / T). `generate` draws
 both in one call: the auxiliary ones cost their rows, and no second decoding pass. `score` gives
-log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) for every token, at temperature 1, as the ratio
-and the entropy control need. Layout, for B rows, padded on the right to S tokens:
+log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) of each token, at temperature 1. B rows are
+laid out so, and need no attention mask: a causal model's tokens never look at what is on the right.
 
     sequences         [B, S]   prompt ...   completion ...  <eos>  <pad> <pad>
     completion_mask   [B, S]   0    0   0   1    1    1     1      0     0       <eos> is an action
-
-Padding on the right needs no attention mask: a causal model's real tokens never look at it.
 """
 
 import inspect
@@ -35,11 +33,9 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     Weights are float32: an update of 1e-6 is below half a step of bfloat16, and would be lost. With
     `bf16` the body runs in bfloat16 (autocast), its head in float32: logits of 16 to 32 would be
     rounded to steps of 0.125. Dropout is off for good, or other policies would be sampled than the
-    one scored; so all that `model.train()` turns on is gradient checkpointing.
-
-    Raises ValueError if they cannot be loaded, or if logits are not the head's output on the body's
-    states, in training mode or in evaluation: a soft cap or a scale, which `score` misses.
-    """
+    one scored; so all that `model.train()` turns on is gradient checkpointing. Raises ValueError if
+    they cannot be loaded, or if in either mode logits are not the head's output on the body's states
+    (a soft cap or a scale, which `score` misses)."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
@@ -96,8 +92,7 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
     chats = [[{"role": "user", "content": content}] for content in contents]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    return tokenizer.apply_chat_template(chats, **options)
+    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 @torch.no_grad()
@@ -105,12 +100,10 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], temperatures: Tensor,
     max_completion_length: int,
 ) -> Rollout:  # fmt: skip
-    """Sample one completion a prompt, row i from softmax(z / temperatures[i]) and nothing else.
-
-    transformers' `generate` fills what the caller leaves open from the model's generation_config
+    """A completion a prompt, row i from softmax(z / temperatures[i]), T > 0, and nothing else:
+    transformers' `generate` fills what its caller leaves open from the model's generation_config
     (Qwen3's: temperature 0.6, top_k 20, top_p 0.95), so that is replaced as a whole while sampling.
-    Temperatures are `[B]` and above zero; the end token counts in max_completion_length.
-    """
+    The end token counts in max_completion_length."""
     device, models_own = model.device, model.generation_config
     ends = models_own.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -149,7 +142,7 @@ def generate(
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values, in buffers that grow by a segment: no copy of all at every token."""
+    """A layer's keys and values, in buffers that grow by a segment; no token makes copies of all."""
 
     room = 0  # tokens that the buffers have room for
 
@@ -164,8 +157,7 @@ class GrowingLayer(DynamicLayer):
         start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
         if length > self.room:
             self.room = length + SEGMENT
-            kept = self.keys, self.values
-            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in kept]
+            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer[..., start:length, :] = x
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
@@ -176,21 +168,16 @@ class GrowingLayer(DynamicLayer):
         self.room = 0
 
 
-def decode(
-    model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """B rows by transformers' `generate`, row i of prompt which[i]: ids `[B, P + T]`, padded on the
-    left, and what `Sampler` noted, `[2, B, P + T]`.
-
-    A prompt is read once, for all its rows. Then come segments of a few tokens, after which rows that
-    have ended leave the batch and the cache. A model whose cache cannot be cut by rows (a recurrent
-    one) gets one call without all this.
-    """
+def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Row i continues prompt which[i]. Returns ids, `[B, P + T]`, padded on the left, and what
+    `Sampler` noted, `[2, B, P + T]`. A prompt is read once, for all its rows. Then come segments of a
+    few tokens, after which rows that have ended leave batch and cache; a model whose cache cannot be
+    cut by rows (a recurrent one) gets one call instead."""
     config, cache = model.generation_config, DynamicCache(config=model.config)
     kinds = {type(layer) for layer in cache.layers}
     by_rows = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not model._is_stateful
     cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (max_new_tokens, {})
+    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (length, {})
     ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
     if by_rows and ids.shape[1] > 1:  # all but the last token; the one sampled here is not used
         model.generate(ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
@@ -199,7 +186,7 @@ def decode(
     sequences, mask = ids[which], mask[which]
     ends = torch.tensor(config.eos_token_id, device=ids.device)
     noted = torch.zeros(2, *sequences.shape, device=ids.device)  # log pi_old, H  [2, B, P]
-    rows, left = torch.arange(len(which), device=ids.device), max_new_tokens  # rows that go on  [b]
+    rows, left = torch.arange(len(which), device=ids.device), length  # rows that go on  [b]
     while len(rows) > 0 and left > 0:
         sampler = Sampler(temperatures[rows])
         new = model.generate(
@@ -217,11 +204,8 @@ def decode(
 
 class Sampler:
     """A logits processor that draws from softmax(z / T), row by row, and forbids all other tokens.
-
-    It inverts the cumulative distribution; torch.multinomial, which `generate` uses, takes a random
-    number for each token of the vocabulary, on a CPU a sixth of the time of a small model. It notes
-    the token's log-probability and its distribution's entropy, both at temperature 1.
-    """
+    It notes log p of the token and H, at temperature 1. (torch.multinomial, as in `generate`, takes a
+    random number for each token of the vocabulary, on a CPU a sixth of a small model's time.)"""
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures[:, None]  # [b, 1]
@@ -238,10 +222,8 @@ class Sampler:
 
 
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats) of the completions `rows` `[n]`, at temperature 1.
-
-    Both are `[n, S]`, float32, zero outside `completion_mask`, and differentiable if grad is enabled.
-    """
+    """Log-probabilities and entropies (nats) of completions `rows` `[n]`, at temperature 1: both
+    `[n, S]`, float32, zero outside `completion_mask`, and differentiable if grad is enabled."""
     mask, longest = samples.completion_mask[rows], int(samples.lengths[rows].max())  # [n, S]
     ids = samples.sequences[rows, :longest]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [n, longest, D]

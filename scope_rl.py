@@ -51,22 +51,18 @@ class Objective:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's, by the population's std: rewards `[P, G]`, a row a prompt, to A  (arXiv 2402.03300)."""
+    """GRPO's (arXiv 2402.03300), of rewards `[P, G]`, a row a prompt; std is the population's."""
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
     return centred / (rewards.std(1, keepdim=True, unbiased=False) + ADVANTAGE_EPSILON)  # A
 
 
-def objective_table(
-    rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float, entropy_coef: float = 0.0
-) -> Objective:
-    """The table of a batch, of rewards `[P, G]` and auxiliary ones `[N']`; `scope_weight` is alpha.
-
-    N' may be 0. It counts unrewarded samples too: without them it would be another objective.
-    """
+def objective_table(rewards: Tensor, auxiliary: Tensor, scope_weight: float, entropy_coef: float = 0.0) -> Objective:
+    """The table of a batch, of its rewards `[P, G]` and `[N']`; `scope_weight` is alpha. N', which
+    may be 0, counts unrewarded samples too: without them it would be another objective."""
     ordinary = group_advantages(rewards).flatten()  # [N]
-    N, M = len(ordinary), len(auxiliary_rewards)  # M is N'
+    N, M = len(ordinary), len(auxiliary)  # M is N'
     return Objective(
-        torch.cat([ordinary, (auxiliary_rewards == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
+        torch.cat([ordinary, (auxiliary == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
         ordinary.new_tensor([1 / N] * N + [scope_weight / max(1, M)] * M),  # w
         ordinary.new_tensor([entropy_coef] * N + [0.0] * M),  # c
     )
@@ -76,12 +72,9 @@ def scope_loss(
     logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, objective: Objective,
     epsilon: float = 0.2, epsilon_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-J of the given samples, a summand of the batch's loss; and how many tokens the clip cut off.
-
-    log pi, log pi_old, entropies (nats; differentiable, if there is a bonus) and mask (bool, true on
-    completions) are `[B, S]`; `objective` has these samples' rows. The ratio is clipped above
-    1 + epsilon_high if that is given (DAPO's clip-higher).
-    """
+    """-J of some samples, a summand of the batch's loss; and how many tokens the clip cut off.
+    `[B, S]` are log pi, log pi_old, H (nats; differentiable for a bonus) and the completions' bool
+    mask; `objective` has these samples' rows. `epsilon_high` is DAPO's clip-higher, else epsilon."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, S]
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     A = objective.advantages[:, None]  # [B, 1]
@@ -100,11 +93,9 @@ def scope_temperature(
 
         T = clip(1 + gain (H0 - H) + I, T_min, T_max),     I <- I + integral_gain (H0 - H)
 
-    The paper's rule, gain 1 and no I, is a proportional controller: it rests where T balances GRPO's
-    pull, (T - 1) / gain below H0. The integral, which the paper does not have, removes this offset.
-    It is frozen while T is clipped and while H is further than `integral_band` from H0, or it would
-    wind up on the way there. (In EntroPIC, arXiv 2511.15248, such terms scale the advantages.)
-    """
+    The paper's rule, gain 1 without I, rests where T balances GRPO's pull, (T - 1) / gain below H0.
+    I removes that offset (EntroPIC, arXiv 2511.15248, has such terms too, on the advantages). It is
+    frozen while T is clipped or H further than `integral_band` from H0, or it would wind up."""
     error = target - entropy  # H0 - H
     wanted = 1 + gain * error + integral
     temperature = min(max(wanted, minimum), maximum)

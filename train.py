@@ -102,7 +102,7 @@ class Config:
                 check(value > 0 or name not in ABOVE_ZERO, f"{name} must be above 0")
         num_prompts, rest = divmod(self.generation_batch_size, self.num_generations)
         check(rest == 0, "generation_batch_size must be a multiple of num_generations")
-        check(self.num_mini_batches <= num_prompts, "num_mini_batches is more than a step has prompts")
+        check(self.num_mini_batches <= num_prompts, "num_mini_batches is more than a step's prompts")
         in_order = self.scope_temperature_min <= self.scope_temperature_max
         check(in_order, "scope_temperature_min exceeds scope_temperature_max")
 
@@ -178,7 +178,7 @@ class Run:
 
 
 def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
-    """One step of the loop: its metrics, and (T, reward, question, text) of a sample at 1 and at T."""
+    """One step of the loop. Returns its metrics, and (T, reward, question, text) of two samples."""
     config, start = run.config, time.perf_counter()
     N, G = config.generation_batch_size, config.num_generations
     torch.manual_seed(config.seed * 1_000_003 + run.step)
@@ -194,7 +194,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     rollout_seconds = time.perf_counter() - start
 
     # 4. The entropy of all ordinary tokens, which the next step's T will follow.
-    run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H(pi_old)
+    run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H
 
     # 5. Gradient steps.
     groups, weight = rewards[:N].view(-1, G), config.scope_weight
@@ -236,7 +236,7 @@ def control(run: Run) -> tuple[float, int]:
 
 
 def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
-    """The `count` problems of a step: passes over all problems, each in its own random order."""
+    """The `count` problems of a step: passes over all of them, each in its own random order."""
     size, first = len(problems), step * count
     passes = range(first // size, (first + count - 1) // size + 1)
     orders = [np.random.default_rng([seed, number]).permutation(size) for number in passes]
@@ -256,10 +256,8 @@ def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Roll
 
 
 def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_rl.Objective) -> list[float]:
-    """Gradient steps on -J, one a mini-batch of prompts; `prompt` `[B]` says whose a sample is.
-
-    Returns loss, gradient norm and clip fraction: means over mini-batches with something to learn.
-    """
+    """Gradient steps on -J, one a mini-batch of prompts; `prompt` `[B]` is each sample's. Returns
+    loss, gradient norm and clip fraction, means over mini-batches with something to learn."""
     config, model, stats = run.config, run.model.train(), []
     has_bonus = bool(objective.entropy_coefs.any())  # else the entropies need no gradient
     warm_up = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
@@ -306,10 +304,10 @@ def evaluate(run: Run) -> dict[str, float]:
         texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    num_right = [int(sum(rewards[group])) for group in groups]
+    num_right = [int(sum(rewards[g])) for g in groups]
     ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
     values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in ks}
-    values["distinct_correct"] = [reward.distinct_correct(texts[group], rewards[group]) for group in groups]
+    values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
     return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
@@ -319,10 +317,9 @@ def train(run: Run) -> None:
     steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
     print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
     print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
-    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {}
-    if not evaluations:
-        evaluations["before"] = evaluate(run)
-        write_whole(output / "eval.json", evaluations)
+    eval_file = output / "eval.json"
+    evaluations = json.loads(eval_file.read_text()) if run.step else {"before": evaluate(run)}
+    write_whole(eval_file, evaluations)
     print(f"before: {summary(evaluations['before'])}")
 
     with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
@@ -330,8 +327,8 @@ def train(run: Run) -> None:
         for step in bar:
             metrics, shown = train_step(run)
             metrics_file.write(json.dumps(metrics) + "\n")
-            on_the_bar = {name: metrics[name] for name in ("reward", "entropy", "scope_temperature")}
-            bar.set_postfix_str(summary(on_the_bar))
+            names = "reward", "entropy", "scope_temperature"
+            bar.set_postfix_str(summary({name: metrics[name] for name in names}))
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
@@ -340,7 +337,7 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
 
     evaluations["after"] = evaluate(run)
-    write_whole(output / "eval.json", evaluations)
+    write_whole(eval_file, evaluations)
     run.model.save_pretrained(output / "model")
     run.tokenizer.save_pretrained(output / "model")
     print(f"after: {summary(evaluations['after'])}")
@@ -373,10 +370,10 @@ def set_up(config: Config) -> Run:
     check(longest + config.max_completion_length <= room, too_long)
 
     prompts = dict(zip(questions, prompts, strict=True))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the next line asks for on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
     torch.use_deterministic_algorithms(config.full_determinism)
-    options = {"lr": config.learning_rate, "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    fused = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.0, fused=fused)
     run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)

@@ -13,7 +13,6 @@ forms (theory/README.md, section 1): with x = log p,
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -40,9 +39,8 @@ def token_entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
 def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """dH/dT = Var_p(z) / T^3 with p = softmax(z / T), nats per unit of T: `[..., V]` -> `[...]`."""
-    p = log_policy(logits, temperature).exp()  # [..., V]
-    z = at_least_float32(logits)
-    centred = z - (p * z).sum(-1, keepdim=True)
+    p = log_policy(logits, temperature).exp()  # [..., V], in float32 or better, as are the next two
+    centred = logits - (p * logits).sum(-1, keepdim=True)
     return (p * centred**2).sum(-1) / temperature**3  # Var_p(z) / T^3  [...]
 
 
@@ -53,7 +51,7 @@ class ChunkedHead(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, chunk_size: int):
         logprobs, entropies = [], []
         for h, a in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
-            x = log_policy(F.linear(h, weight, bias))  # log p  [n, V]
+            x = log_policy(nn.functional.linear(h, weight, bias))  # log p  [n, V]
             logprobs.append(x.gather(1, a[:, None])[:, 0])
             entropies.append(entropy_of(x))
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(entropies))
@@ -68,7 +66,7 @@ class ChunkedHead(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(tokens), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            x = log_policy(F.linear(hidden[rows], weight, bias))  # [n, V]
+            x = log_policy(nn.functional.linear(hidden[rows], weight, bias))  # [n, V]
             p, dz = x.exp(), torch.zeros_like(x)
             if d_logprobs is not None:  # 1[a = b] - p_b
                 d = d_logprobs[rows, None]

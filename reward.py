@@ -8,7 +8,6 @@ is only ever matched against patterns of linear time, and read as numbers of bou
 import json
 import os
 import re
-import urllib.error
 from collections.abc import Callable
 from decimal import Decimal
 from math import comb
@@ -58,8 +57,7 @@ def final_answer(completion: str) -> str:
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
-    """1 if the final answers are equal, else 0: as numbers if the problem's is one (the first
-    counts: "#### $72." is 72), else as texts, but for case and a full stop."""
+    """1 if final answers agree, as numbers ("#### $72." is 72) or but for case and full stop, else 0."""
     given, wanted = final_answer(completion), problem.answer
     if number(wanted) is not None:
         first = NUMBER.search(given)
@@ -100,11 +98,10 @@ def download_gsm8k(split: str) -> Path:
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            url, digest = f"{GSM8K}{split}.jsonl", GSM8K_SHA256[split]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            hint = "give your own with --train_file and --test_file"
-            raise ValueError(f"cannot download GSM8K ({error}): {hint}") from None
+            url = f"{GSM8K}{split}.jsonl"
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[split])
+        except (OSError, RuntimeError) as error:  # no network, or another file
+            raise ValueError(f"cannot download GSM8K ({error}): give --train_file and --test_file") from None
     return path
 
 
@@ -117,14 +114,12 @@ def question_answer(train_file: str | None, test_file: str | None) -> Task:
         held_out = -(-len(train) // 10)
         train, test = train[:-held_out], train[-held_out:]
         if not train:
-            reason = "without --test_file it takes two or more, one to evaluate on"
-            raise ValueError(f"{train_file} holds one problem: {reason}")
+            raise ValueError(f"{train_file} holds one problem: without --test_file it takes two or more")
     return Task(train, test, INSTRUCTION, answer_reward)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: the unbiased estimate of
-    Pass@k (Chen et al. 2021, equation 1), exact in integers. Raises ValueError."""
+    """Pass@k's unbiased estimate (Chen et al. 2021, equation 1) from c right of n; or ValueError."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - comb(n - c, k) / comb(n, k)

@@ -105,9 +105,8 @@ def generate(
     (Qwen3's: temperature 0.6, top_k 20, top_p 0.95), so that is replaced as a whole while sampling.
     The end token counts in max_completion_length."""
     device, models_own = model.device, model.generation_config
-    ends = models_own.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    ends = sorted({*ends, tokenizer.eos_token_id} - {None})  # all that end a completion
+    ends = models_own.eos_token_id  # then all that end a completion
+    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
 
@@ -137,8 +136,8 @@ def generate(
     counts = completion_mask.sum(1)  # [B]
     completions = sequences[completion_mask].cpu().split(counts.tolist())
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    lengths, truncated = P - padding[:, 0] + counts, ~is_end.any(1)
-    return Rollout(sequences, completion_mask, logprobs, entropies, lengths, truncated, texts)
+    lengths = P - padding[:, 0] + counts
+    return Rollout(sequences, completion_mask, logprobs, entropies, lengths, ~is_end.any(1), texts)
 
 
 class GrowingLayer(DynamicLayer):
@@ -212,8 +211,7 @@ class Sampler:
         self.noted: list[Tensor] = []  # [2, b] a token: log pi_old, H
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
-        cumulative = p.cumsum(-1, dtype=torch.float64)
+        cumulative = torch.softmax(logits / self.temperatures, -1).cumsum(-1, dtype=torch.float64)  # [b, V]
         u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
         tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1)
         log_p = log_policy(logits)  # [b, V]

@@ -7,10 +7,9 @@ at a temperature T, of which only the rewarded count,
     J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
     T       = clip(1 + H0 - H(pi_old), T_min, T_max)
 
-with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) at temperature 1 on both sides, clipped to
-1 - epsilon and 1 + epsilon. Rewarded samples drawn hot are rarer tokens that turned out right, and
-reinforcing them raises the entropy; drawn cold they lower it (theory/). So T is a knob for the
-entropy: below the target the rule heats, above it cools.
+with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t), both at temperature 1, clipped to 1 -+ epsilon.
+Rewarded samples drawn hot are rarer tokens that turned out right, and reinforcing them raises the
+entropy; drawn cold they lower it (theory/). So T is its knob: below H0 the rule heats, above it cools.
 
 Everything here is a pure function. A sample's place in the objective is a row of one table,
 
@@ -57,10 +56,9 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def objective_table(rewards: Tensor, auxiliary: Tensor, scope_weight: float, entropy_coef: float = 0.0) -> Objective:
-    """The table of a batch, of its rewards `[P, G]` and `[N']`; `scope_weight` is alpha. N', which
-    may be 0, counts unrewarded samples too: without them it would be another objective."""
+    """The table of a batch, of its rewards `[P, G]` and `[N']`, maybe none; `scope_weight` is alpha."""
     ordinary = group_advantages(rewards).flatten()  # [N]
-    N, M = len(ordinary), len(auxiliary)  # M is N'
+    N, M = len(ordinary), len(auxiliary)  # M is N', with those that earned nothing
     return Objective(
         torch.cat([ordinary, (auxiliary == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
         ordinary.new_tensor([1 / N] * N + [scope_weight / max(1, M)] * M),  # w

@@ -8,8 +8,7 @@ One step of the loop, and what explains each part:
     4. the entropy H of the tokens sampled                    rollout.Sampler
     5. gradient steps on -J                                   scope_rl.objective_table, scope_loss
 
-State and files live here alone. Nothing random is carried from step to step: each seeds its own
-generators from (seed, step), so a resumed run goes on as if it had never stopped.
+Each step seeds its own generators from (seed, step): a resumed run goes on as if never stopped.
 """
 
 import json
@@ -100,9 +99,9 @@ class Config:
             if isinstance(value, int | float):
                 check(0 <= value < math.inf, f"{name} is {value}, must be a number, not negative")
                 check(value > 0 or name not in ABOVE_ZERO, f"{name} must be above 0")
-        num_prompts, rest = divmod(self.generation_batch_size, self.num_generations)
+        prompts, rest = divmod(self.generation_batch_size, self.num_generations)
         check(rest == 0, "generation_batch_size must be a multiple of num_generations")
-        check(self.num_mini_batches <= num_prompts, "num_mini_batches is more than a step's prompts")
+        check(self.num_mini_batches <= prompts, "num_mini_batches is more than a step's prompts")
         in_order = self.scope_temperature_min <= self.scope_temperature_max
         check(in_order, "scope_temperature_min exceeds scope_temperature_max")
 
@@ -317,9 +316,8 @@ def train(run: Run) -> None:
     steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
     print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
     print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
-    eval_file = output / "eval.json"
-    evaluations = json.loads(eval_file.read_text()) if run.step else {"before": evaluate(run)}
-    write_whole(eval_file, evaluations)
+    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {"before": evaluate(run)}
+    write_whole(output / "eval.json", evaluations)
     print(f"before: {summary(evaluations['before'])}")
 
     with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
@@ -337,7 +335,7 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
 
     evaluations["after"] = evaluate(run)
-    write_whole(eval_file, evaluations)
+    write_whole(output / "eval.json", evaluations)
     run.model.save_pretrained(output / "model")
     run.tokenizer.save_pretrained(output / "model")
     print(f"after: {summary(evaluations['after'])}")
@@ -433,8 +431,8 @@ def main() -> None:
         smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        go_on = f"python train.py --resume --output_dir {run.config.output_dir}"
-        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {go_on}")
+        command = f"python train.py --resume --output_dir {run.config.output_dir}"
+        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {command}")
 
 
 if __name__ == "__main__":

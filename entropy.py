@@ -1,24 +1,18 @@
 """Exact token entropy, its temperature derivative, and log-probabilities.
 
-A language model turns the logits z of one position into the policy softmax(z / T). Its entropy, in nats, is
+Logits z make a policy p = softmax(z / T). Its entropy, in nats, can only grow with T:
 
-    H(T) = -sum_a p_a log p_a,        p = softmax(z / T),
+    H(T) = -sum_a p_a log p_a,        dH/dT = Var_p(z) / T^3 >= 0.    (paper, section 3; theory/)
 
-and heating it can only spread it out:
-
-    dH/dT = Var_p(z) / T^3 >= 0.                            (paper, section 3; proved in theory/)
-
-Both are closed forms: no sampling is involved. The one practical difficulty is memory. With Qwen3's
-151,936 tokens a single completion of 1,024 tokens has 622 MB of float32 logits, so
-`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and comes back the
-same way: with x = log p, the gradients are closed forms too (theory/README.md, section 1),
+What is difficult is memory: with Qwen3's 151,936 tokens, 1,024 positions have 622 MB of logits. So
+`logprobs_and_entropies` goes from hidden states to numbers a chunk at a time, and back by closed
+forms (theory/README.md, section 1): with x = log p,
 
     d log p_a / dz_b = 1[a = b] - p_b,        dH / dz_b = -p_b (x_b + H).
 """
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -30,7 +24,7 @@ def log_policy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """log softmax(z / T) of logits `[..., V]`, in float32 or better; T > 0 is a number or `[...]`."""
     z = at_least_float32(logits)
     T = temperature.to(z)[..., None] if isinstance(temperature, Tensor) else temperature  # [..., 1]
-    return torch.log_softmax(z / T, dim=-1)  # [..., V]
+    return torch.log_softmax(z / T, dim=-1)
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -45,11 +39,9 @@ def token_entropy(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
 
 def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """dH/dT = Var_p(z) / T^3 with p = softmax(z / T), nats per unit of T: `[..., V]` -> `[...]`."""
-    p = log_policy(logits, temperature).exp()  # [..., V]
-    z = at_least_float32(logits)
-    centred = z - (p * z).sum(-1, keepdim=True)
-    variance = (p * centred**2).sum(-1)  # Var_p(z)  [...]
-    return variance / temperature**3
+    p = log_policy(logits, temperature).exp()  # [..., V], in float32 or better, as are the next two
+    centred = logits - (p * logits).sum(-1, keepdim=True)
+    return (p * centred**2).sum(-1) / temperature**3  # Var_p(z) / T^3  [...]
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -59,7 +51,7 @@ class ChunkedHead(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, chunk_size: int):
         logprobs, entropies = [], []
         for h, a in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
-            x = log_policy(F.linear(h, weight, bias))  # log p  [n, V]
+            x = log_policy(nn.functional.linear(h, weight, bias))  # log p  [n, V]
             logprobs.append(x.gather(1, a[:, None])[:, 0])
             entropies.append(entropy_of(x))
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(entropies))
@@ -74,7 +66,7 @@ class ChunkedHead(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(tokens), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            x = log_policy(F.linear(hidden[rows], weight, bias))  # [n, V]
+            x = log_policy(nn.functional.linear(hidden[rows], weight, bias))  # [n, V]
             p, dz = x.exp(), torch.zeros_like(x)
             if d_logprobs is not None:  # 1[a = b] - p_b
                 d = d_logprobs[rows, None]
@@ -88,15 +80,9 @@ class ChunkedHead(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
-def logprobs_and_entropies(
-    hidden: Tensor, head: torch.nn.Linear, tokens: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token, and the entropy of its distribution, at temperature 1, in nats.
-
-    `hidden` is `[N, D]`, states that each predict the token of the same row; `head` the model's output
-    head with weight `[V, D]`, applied in float32 or better; `tokens` `[N]` ids. Only `chunk_size` rows
-    of logits exist at a time, and the two results `[N]` and their gradients do not depend on it.
-    """
+def logprobs_and_entropies(hidden: Tensor, head: nn.Linear, tokens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """log p of each token id, `[N]`, and H of its distribution, `[N]` nats, at T = 1, from states
+    `[N, D]` and a head `[V, D]`; in float32 or better, and independent of the chunk size."""
     return ChunkedHead.apply(at_least_float32(hidden), head.weight, head.bias, tokens, chunk_size)
 
 

@@ -1,17 +1,13 @@
 """Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-A `Task` is problems, and a reward R(q, o) in {0, 1} for a completion o of question q. The one here
-is *question and answer*: a JSONL file with `question` and `answer`, the final answer after `####`,
-as in GSM8K. Your own data trains the same way; theory/tiny/countdown.py is another kind of task.
-
-The model's output is hostile input: it is only ever matched against patterns that take linear time,
-and read as numbers of bounded length.
+The task here is *question and answer*: JSONL with `question` and `answer`, the final answer after
+`####`, as in GSM8K. (theory/tiny/countdown.py is another.) The model's output is hostile input: it
+is only ever matched against patterns of linear time, and read as numbers of bounded length.
 """
 
 import json
 import os
 import re
-import urllib.error
 from collections.abc import Callable
 from decimal import Decimal
 from math import comb
@@ -27,7 +23,7 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Problems to train and to evaluate on, what the model is told after each, and R(q, o)."""
+    """Problems to train and to evaluate on, what is said after each, and R(q, o) in {0, 1}."""
 
     train: list[Problem]
     test: list[Problem]
@@ -61,10 +57,7 @@ def final_answer(completion: str) -> str:
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
-    """1 if the completion's final answer is the problem's, else 0: as a number, if that is one.
-
-    Its first number counts, so "#### $72." is 72. Texts are compared but for case and a full stop.
-    """
+    """1 if final answers agree, as numbers ("#### $72." is 72) or but for case and full stop, else 0."""
     given, wanted = final_answer(completion), problem.answer
     if number(wanted) is not None:
         first = NUMBER.search(given)
@@ -73,11 +66,8 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 
 def load_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file; the final answer is what follows `####`, or the whole field.
-
-    Raises:
-        ValueError: naming file and line, if the file cannot be read or a line is not a problem.
-    """
+    """Read a JSONL file; the final answer is what follows `####`, or the whole field. Raises
+    ValueError, naming file and line, if the file cannot be read or a line is not a problem."""
     problems = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -92,8 +82,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         except (ValueError, KeyError, TypeError, RecursionError):
             question = answer = None
         final = str(answer).rpartition("####")[2].strip()
-        has_answer = isinstance(answer, str | int | float) and final
-        if not (isinstance(question, str) and question and has_answer):
+        if not (isinstance(question, str) and question and isinstance(answer, str | int | float) and final):
             wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
             raise ValueError(f"{path}, line {line_number}: {wanted}, got {line[:60]!r}")
         problems.append(Problem(question, final))
@@ -103,44 +92,34 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def download_gsm8k(split: str) -> Path:
-    """GSM8K's "train" or "test" file, kept in the user's cache ($SCOPE_RL_CACHE) and checked.
-
-    Raises:
-        ValueError: if it cannot be fetched, or is not the file it should be.
-    """
+    """GSM8K's "train" or "test" file, cached in $SCOPE_RL_CACHE; ValueError if it cannot be had."""
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            url, digest = f"{GSM8K}{split}.jsonl", GSM8K_SHA256[split]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            hint = "give your own with --train_file and --test_file"
-            raise ValueError(f"cannot download GSM8K ({error}): {hint}") from None
+            url = f"{GSM8K}{split}.jsonl"
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[split])
+        except (OSError, RuntimeError) as error:  # no network, or another file
+            raise ValueError(f"cannot download GSM8K ({error}): give --train_file and --test_file") from None
     return path
 
 
 def question_answer(train_file: str | None, test_file: str | None) -> Task:
-    """The task of a file, or of GSM8K; without a test file the last tenth is there to evaluate on."""
+    """The task of a file, or of GSM8K; without a test file its last tenth is to evaluate on."""
     train = load_problems(train_file or download_gsm8k("train"))
     if test_file or not train_file:
         test = load_problems(test_file or download_gsm8k("test"))
-    elif len(train) > 1:
+    else:
         held_out = -(-len(train) // 10)
         train, test = train[:-held_out], train[-held_out:]
-    else:
-        reason = "without --test_file it takes two or more, one to evaluate on"
-        raise ValueError(f"{train_file} holds one problem: {reason}")
+        if not train:
+            raise ValueError(f"{train_file} holds one problem: without --test_file it takes two or more")
     return Task(train, test, INSTRUCTION, answer_reward)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k).
-
-    It is the unbiased estimate of Pass@k (Chen et al. 2021, equation 1), exact in integers.
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
+    """Pass@k's unbiased estimate (Chen et al. 2021, equation 1) from c right of n; or ValueError."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - comb(n - c, k) / comb(n, k)

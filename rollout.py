@@ -1,19 +1,12 @@
 """Rollouts: sampling completions at a temperature per row, and scoring them under the same policy.
 
-SCOPE needs two kinds of samples of one policy pi: ordinary ones from pi itself, and a few auxiliary
-ones from
-
-    pi^T(a | s) = softmax(z(s) / T).
-
-`generate` draws both in one call, with one temperature per row, so the auxiliary share costs its
-rows and no second decoding pass. `score` then gives log pi(o_t | q, o_<t) and the entropy of
-pi(. | q, o_<t) for every token drawn, at temperature 1, which is what the ratio and the entropy
-control are about. Layout, for B rows of prompt and completion, padded on the right to S tokens:
+SCOPE needs samples of a policy pi, and a few of pi^T(a | s) = softmax(z(s) / T). `generate` draws
+both in one call: the auxiliary ones cost their rows, and no second decoding pass. `score` gives
+log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) of each token, at temperature 1. B rows are
+laid out so, and need no attention mask: a causal model's tokens never look at what is on the right.
 
     sequences         [B, S]   prompt ...   completion ...  <eos>  <pad> <pad>
     completion_mask   [B, S]   0    0   0   1    1    1     1      0     0       <eos> is an action
-
-Padding on the right needs no attention mask: a causal model's real tokens never look at it.
 """
 
 import inspect
@@ -37,16 +30,12 @@ LOGITS_BUDGET = 2**26  # float32 logits held at a time in scoring: 256 MiB, a fe
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
     """The model, on the GPU if there is one, and its tokenizer, such that `score` sees its policy.
 
-    Weights are float32: at a learning rate of 1e-6 an update is below half a step of bfloat16, and
-    would be lost. With `bf16` the model's body runs in bfloat16 (autocast), wherever it is called
-    from, its head in float32: logits rounded to bfloat16 would be steps of 0.125 apart between 16
-    and 32. Dropout is off for good, as it would sample from other policies than the one scored; so
-    all that `model.train()` turns on is gradient checkpointing.
-
-    Raises:
-        ValueError: if they cannot be loaded, or if logits are not the head's output on the body's
-            states, in training mode or in evaluation: a soft cap or a scale, which `score` misses.
-    """
+    Weights are float32: an update of 1e-6 is below half a step of bfloat16, and would be lost. With
+    `bf16` the body runs in bfloat16 (autocast), its head in float32: logits of 16 to 32 would be
+    rounded to steps of 0.125. Dropout is off for good, or other policies would be sampled than the
+    one scored; so all that `model.train()` turns on is gradient checkpointing. Raises ValueError if
+    they cannot be loaded, or if in either mode logits are not the head's output on the body's states
+    (a soft cap or a scale, which `score` misses)."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
@@ -59,12 +48,12 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load the model {name}: {reason}") from None
     if info["missing_keys"]:
-        raise ValueError(f"the model {name} lacks weights, for example {sorted(info['missing_keys'])[0]}")
+        raise ValueError(f"the model {name} lacks weights, for example {min(info['missing_keys'])}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end token")
 
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass can return NaN (pytorch #196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
         torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     body, head = model.base_model, model.get_output_embeddings()
@@ -103,8 +92,7 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
     chats = [[{"role": "user", "content": content}] for content in contents]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    return tokenizer.apply_chat_template(chats, **options)
+    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 @torch.no_grad()
@@ -112,17 +100,15 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], temperatures: Tensor,
     max_completion_length: int,
 ) -> Rollout:  # fmt: skip
-    """Sample one completion a prompt, row i from softmax(z / temperatures[i]) and nothing else.
-
-    A model's generation_config would apply silently (Qwen3's: temperature 0.6, top_k 20, top_p
-    0.95), and transformers' `generate` fills from it whatever the caller leaves open. So it is
-    replaced as a whole while sampling. Temperatures are `[B]` and above zero; the end token counts
-    in max_completion_length.
-    """
-    device, ends = model.device, model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}  # all that end it
-    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # may be one of them
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    """A completion a prompt, row i from softmax(z / temperatures[i]), T > 0, and nothing else:
+    transformers' `generate` fills what its caller leaves open from the model's generation_config
+    (Qwen3's: temperature 0.6, top_k 20, top_p 0.95), so that is replaced as a whole while sampling.
+    The end token counts in max_completion_length."""
+    device, models_own = model.device, model.generation_config
+    ends = models_own.eos_token_id  # then all that end a completion
+    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
 
     # Each distinct prompt is read once; `which` says where row i's prompt is.
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -130,9 +116,8 @@ def generate(
     left = {"padding": True, "padding_side": "left", "add_special_tokens": False}
     inputs = tokenizer(list(distinct), return_tensors="pt", **left).to(device)  # [U, P]
 
-    models_own, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=False, use_cache=True, eos_token_id=sorted(ends), pad_token_id=pad  # `draw` samples
-    )  # fmt: skip
+    special = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, **special)
     try:
         sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
     finally:
@@ -140,7 +125,7 @@ def generate(
 
     # By position, not by id: what precedes the first end token, and that token, is the completion.
     P, S = inputs.input_ids.shape[1], sequences.shape[1]
-    is_end = torch.isin(sequences[:, P:], torch.tensor(sorted(ends), device=device))
+    is_end = torch.isin(sequences[:, P:], torch.tensor(ends, device=device))
     completion_mask = F.pad(is_end.cumsum(1) - is_end.long() == 0, (P, 0))  # [B, S]
 
     # Turn each row about, so that its padding goes from its left to its right.
@@ -148,32 +133,30 @@ def generate(
     columns = (torch.arange(S, device=device) + padding) % S  # [B, S]
     sequences, completion_mask = sequences.gather(1, columns), completion_mask.gather(1, columns)
     logprobs, entropies = noted.gather(2, columns.expand(2, -1, -1)) * completion_mask
-    starts = P - padding[:, 0]
-    lengths = starts + completion_mask.sum(1)
-    spans = zip(sequences.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-    texts = tokenizer.batch_decode([row[a:b] for row, a, b in spans], skip_special_tokens=True)
+    counts = completion_mask.sum(1)  # [B]
+    completions = sequences[completion_mask].cpu().split(counts.tolist())
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    lengths = P - padding[:, 0] + counts
     return Rollout(sequences, completion_mask, logprobs, entropies, lengths, ~is_end.any(1), texts)
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values, in buffers that grow by a segment; transformers' copies all at every token.
-
-    They are in the precision that attention uses: autocast leaves Qwen3's, normalised, in float32.
-    """
+    """A layer's keys and values, in buffers that grow by a segment; no token makes copies of all."""
 
     room = 0  # tokens that the buffers have room for
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        device = key_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_states.dtype
+        device, dtype = key_states.device.type, key_states.dtype
+        if torch.is_autocast_enabled(device):  # which leaves Qwen3's, normalised, in float32
+            dtype = torch.get_autocast_dtype(device)  # as attention has them
         new = key_states.to(dtype), value_states.to(dtype)  # [b, heads, n, head_dim] each
         if not self.is_initialized:
             self.lazy_initialization(*new)
             self.keys, self.values = (x[..., :0, :] for x in new)
         start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
         if length > self.room:
-            self.room, old = length + SEGMENT, (self.keys, self.values)
-            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in old]
+            self.room = length + SEGMENT
+            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer[..., start:length, :] = x
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
@@ -184,29 +167,25 @@ class GrowingLayer(DynamicLayer):
         self.room = 0
 
 
-def decode(
-    model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, max_new_tokens: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """B rows by transformers' `generate`, row i of prompt which[i]: ids `[B, P + T]`, padded on the left.
-
-    Each prompt is read once, and its rows share what it leaves in the cache. Then come segments of a
-    few tokens; after each, rows that have ended leave, and their part of the cache with them. A model
-    whose cache cannot be cut by rows (a recurrent one) gets one call without all this. The second
-    result is what `Sampler` noted, `[2, B, P + T]`.
-    """
+def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Row i continues prompt which[i]. Returns ids, `[B, P + T]`, padded on the left, and what
+    `Sampler` noted, `[2, B, P + T]`. A prompt is read once, for all its rows. Then come segments of a
+    few tokens, after which rows that have ended leave batch and cache; a model whose cache cannot be
+    cut by rows (a recurrent one) gets one call instead."""
     config, cache = model.generation_config, DynamicCache(config=model.config)
-    by_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    by_rows = by_rows and not model._is_stateful
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (max_new_tokens, {})
+    kinds = {type(layer) for layer in cache.layers}
+    by_rows = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not model._is_stateful
+    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (length, {})
     ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
-    if by_rows and ids.shape[1] > 1:  # all but the last token; the one that is sampled here is not used
+    if by_rows and ids.shape[1] > 1:  # all but the last token; the one sampled here is not used
         model.generate(ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
         cache.batch_select_indices(which)
 
-    sequences, mask, ends = ids[which], mask[which], torch.tensor(config.eos_token_id, device=ids.device)
-    noted = torch.zeros(2, *sequences.shape, device=ids.device)  # log pi_old and H of each token  [2, B, P]
-    rows, left = torch.arange(len(which), device=ids.device), max_new_tokens  # rows that go on  [b]
+    sequences, mask = ids[which], mask[which]
+    ends = torch.tensor(config.eos_token_id, device=ids.device)
+    noted = torch.zeros(2, *sequences.shape, device=ids.device)  # log pi_old, H  [2, B, P]
+    rows, left = torch.arange(len(which), device=ids.device), length  # rows that go on  [b]
     while len(rows) > 0 and left > 0:
         sampler = Sampler(temperatures[rows])
         new = model.generate(
@@ -223,12 +202,9 @@ def decode(
 
 
 class Sampler:
-    """A logits processor that draws from softmax(z / T), row by row, and forbids all but the token drawn.
-
-    It inverts the cumulative distribution: `generate`'s own sampling, torch.multinomial, would draw a
-    random number for each token of the vocabulary, on a CPU a sixth of the time of a small model. And
-    it notes the token's log-probability and its distribution's entropy, both at temperature 1.
-    """
+    """A logits processor that draws from softmax(z / T), row by row, and forbids all other tokens.
+    It notes log p of the token and H, at temperature 1. (torch.multinomial, as in `generate`, takes a
+    random number for each token of the vocabulary, on a CPU a sixth of a small model's time.)"""
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures[:, None]  # [b, 1]
@@ -244,11 +220,8 @@ class Sampler:
 
 
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of sampled tokens, and entropies of the policy they came from, in nats.
-
-    Both are at temperature 1, `[n, S]`, in float32, zero outside `completion_mask`, and
-    differentiable where grad is enabled. `rows` is `[n]`: which completions.
-    """
+    """Log-probabilities and entropies (nats) of completions `rows` `[n]`, at temperature 1: both
+    `[n, S]`, float32, zero outside `completion_mask`, and differentiable if grad is enabled."""
     mask, longest = samples.completion_mask[rows], int(samples.lengths[rows].max())  # [n, S]
     ids = samples.sequences[rows, :longest]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [n, longest, D]

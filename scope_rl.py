@@ -1,16 +1,15 @@
 """SCOPE-RL: group-relative policy optimisation whose entropy is held at a target.
 
-GRPO samples G completions of each prompt and reinforces those that beat their group. Doing so lets
-the policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds one term: a few more completions,
-sampled at a temperature T, of which only the rewarded count,
+GRPO samples G completions of each prompt and reinforces those that beat their group, which lets the
+policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds a term of a few more completions, sampled
+at a temperature T, of which only the rewarded count,
 
     J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
     T       = clip(1 + H0 - H(pi_old), T_min, T_max)
 
-with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) at temperature 1 on both sides, clipped to
-1 - epsilon and 1 + epsilon. Rewarded samples drawn hot are rarer tokens that turned out right, and
-reinforcing them raises the entropy; drawn cold they lower it (theory/). So T is a knob for the
-entropy, and the rule above turns it: below the target it heats, above it cools.
+with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t), both at temperature 1, clipped to 1 -+ epsilon.
+Rewarded samples drawn hot are rarer tokens that turned out right, and reinforcing them raises the
+entropy; drawn cold they lower it (theory/). So T is its knob: below H0 the rule heats, above it cools.
 
 Everything here is a pure function. A sample's place in the objective is a row of one table,
 
@@ -35,7 +34,7 @@ ADVANTAGE_EPSILON = 1e-4  # "small" above
 
 @dataclass
 class Objective:
-    """The table in the module's docstring: three columns `[B]`, a row a sample."""
+    """The table above: three columns `[B]`, a row a sample."""
 
     advantages: Tensor  # A_i
     weights: Tensor  # w_i
@@ -51,27 +50,17 @@ class Objective:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """(R - group mean) / (group std + small): rewards `[P, G]`, a row a prompt, to advantages.
-
-    std is the population's: with binary rewards and pass rate p, a right answer has the advantage
-    sqrt((1 - p) / p). Equal rewards, and a group of one, have 0.  (GRPO, arXiv 2402.03300)
-    """
+    """GRPO's (arXiv 2402.03300), of rewards `[P, G]`, a row a prompt; std is the population's."""
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
-    return centred / (rewards.std(1, keepdim=True, unbiased=False) + ADVANTAGE_EPSILON)
+    return centred / (rewards.std(1, keepdim=True, unbiased=False) + ADVANTAGE_EPSILON)  # A
 
 
-def objective_table(
-    rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float, entropy_coef: float = 0.0
-) -> Objective:
-    """The table of a batch: `rewards` `[P, G]` of the ordinary samples, `[N']` of the auxiliary ones.
-
-    The auxiliary mean is over all N' samples (maybe none), rewarded or not: dividing by the number of
-    rewarded ones would be another objective. `scope_weight` is alpha.
-    """
+def objective_table(rewards: Tensor, auxiliary: Tensor, scope_weight: float, entropy_coef: float = 0.0) -> Objective:
+    """The table of a batch, of its rewards `[P, G]` and `[N']`, maybe none; `scope_weight` is alpha."""
     ordinary = group_advantages(rewards).flatten()  # [N]
-    N, M = len(ordinary), len(auxiliary_rewards)  # M is N'
+    N, M = len(ordinary), len(auxiliary)  # M is N', with those that earned nothing
     return Objective(
-        torch.cat([ordinary, (auxiliary_rewards == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
+        torch.cat([ordinary, (auxiliary == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
         ordinary.new_tensor([1 / N] * N + [scope_weight / max(1, M)] * M),  # w
         ordinary.new_tensor([entropy_coef] * N + [0.0] * M),  # c
     )
@@ -81,16 +70,9 @@ def scope_loss(
     logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, objective: Objective,
     epsilon: float = 0.2, epsilon_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-J of the given samples, their share of the batch's loss; and how many tokens the clip cut off.
-
-    Args:
-        logprobs, old_logprobs: `[B, S]`, of the policy updated and of the one that sampled, at T = 1.
-        entropies: `[B, S]` nats; differentiable, if there is an entropy bonus.
-        mask: `[B, S]` bool, true on the completions' tokens.
-        objective: the rows of these samples.
-        epsilon, epsilon_high: the ratio is clipped below 1 - epsilon and above 1 + epsilon_high
-            (DAPO's clip-higher; epsilon if None).
-    """
+    """-J of some samples, a summand of the batch's loss; and how many tokens the clip cut off.
+    `[B, S]` are log pi, log pi_old, H (nats; differentiable for a bonus) and the completions' bool
+    mask; `objective` has these samples' rows. `epsilon_high` is DAPO's clip-higher, else epsilon."""
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, S]
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     A = objective.advantages[:, None]  # [B, 1]
@@ -105,19 +87,13 @@ def scope_temperature(
     entropy: float, integral: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2,
     gain: float = 1.0, integral_gain: float = 0.0, integral_band: float = 0.1,
 ) -> tuple[float, float]:  # fmt: skip
-    """T = clip(1 + H0 - H, 0.8, 1.2), the paper's rule, with a gain and an integral beside it.
+    """T, and I for the next step, from the previous step's H, nats a token, and I, 0 at first.
 
         T = clip(1 + gain (H0 - H) + I, T_min, T_max),     I <- I + integral_gain (H0 - H)
 
-    The rule alone is a proportional controller: it rests where T balances GRPO's pull on the
-    entropy, an offset of (T - 1) / gain below H0. The integral, which the paper does not have,
-    removes it. It is frozen while T is clipped and while H is further than `integral_band` from H0,
-    or it would wind up on the way there. (EntroPIC, arXiv 2511.15248, controls the entropy by such
-    terms too; there they scale the advantages, here they move T.)
-
-    `entropy` (H, nats a token) and `integral` (I, 0 at first) are the previous step's. Returns T, and I
-    for the next step.
-    """
+    The paper's rule, gain 1 without I, rests where T balances GRPO's pull, (T - 1) / gain below H0.
+    I removes that offset (EntroPIC, arXiv 2511.15248, has such terms too, on the advantages). It is
+    frozen while T is clipped or H further than `integral_band` from H0, or it would wind up."""
     error = target - entropy  # H0 - H
     wanted = 1 + gain * error + integral
     temperature = min(max(wanted, minimum), maximum)

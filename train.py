@@ -4,12 +4,11 @@ One step of the loop, and what explains each part:
 
     1. T from the previous step's entropy                     scope_rl.scope_temperature
     2. sample: G completions a prompt at 1, a few more at T   rollout.generate
-    3. reward every completion                                reward.answer_reward, or the task's own
+    3. reward every completion                                reward.answer_reward, or the task's
     4. the entropy H of the tokens sampled                    rollout.Sampler
     5. gradient steps on -J                                   scope_rl.objective_table, scope_loss
 
-State and files live here and nowhere else. Nothing random is carried from step to step: each step
-seeds its own generators from (seed, step), so a resumed run goes on as if it had never stopped.
+Each step seeds its own generators from (seed, step): a resumed run goes on as if never stopped.
 """
 
 import json
@@ -32,8 +31,6 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from reward import Problem
-from rollout import Rollout
 
 
 # --- Config
@@ -44,7 +41,7 @@ def option(default, help: str):
 
 @dataclass
 class Config:
-    """Everything a run depends on. Defaults are the published constants; a preset adapts them."""
+    """Everything a run depends on. Defaults are the published constants; presets adapt them."""
 
     # The run
     preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by the device")
@@ -102,9 +99,9 @@ class Config:
             if isinstance(value, int | float):
                 check(0 <= value < math.inf, f"{name} is {value}, must be a number, not negative")
                 check(value > 0 or name not in ABOVE_ZERO, f"{name} must be above 0")
-        num_prompts, rest = divmod(self.generation_batch_size, self.num_generations)
+        prompts, rest = divmod(self.generation_batch_size, self.num_generations)
         check(rest == 0, "generation_batch_size must be a multiple of num_generations")
-        check(self.num_mini_batches <= num_prompts, "num_mini_batches is more than a step's prompts")
+        check(self.num_mini_batches <= prompts, "num_mini_batches is more than a step's prompts")
         in_order = self.scope_temperature_min <= self.scope_temperature_max
         check(in_order, "scope_temperature_min exceeds scope_temperature_max")
 
@@ -146,8 +143,7 @@ def check(condition: bool, message: str) -> None:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line over the preset (--resume: over the run's config) over the defaults."""
-    description = __doc__.partition("\n")[0]
-    parser = transformers.HfArgumentParser(Config, description=description, allow_abbrev=False)
+    parser = transformers.HfArgumentParser(Config, description=__doc__.partition("\n")[0], allow_abbrev=False)
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
@@ -197,7 +193,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     rollout_seconds = time.perf_counter() - start
 
     # 4. The entropy of all ordinary tokens, which the next step's T will follow.
-    run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H(pi_old)
+    run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H
 
     # 5. Gradient steps.
     groups, weight = rewards[:N].view(-1, G), config.scope_weight
@@ -238,8 +234,8 @@ def control(run: Run) -> tuple[float, int]:
     return T, max(1, round(config.scope_alpha * config.generation_batch_size))
 
 
-def choose_problems(problems: list[Problem], count: int, seed: int, step: int) -> list[Problem]:
-    """The `count` problems of a step: passes over all problems, each in its own random order."""
+def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
+    """The `count` problems of a step: passes over all of them, each in its own random order."""
     size, first = len(problems), step * count
     passes = range(first // size, (first + count - 1) // size + 1)
     orders = [np.random.default_rng([seed, number]).permutation(size) for number in passes]
@@ -247,11 +243,8 @@ def choose_problems(problems: list[Problem], count: int, seed: int, step: int) -
     return [problems[i] for i in order[:count]]
 
 
-def sample(run: Run, problems: list[Problem], temperatures: Tensor) -> tuple[Rollout, Tensor]:
-    """A completion of each problem at its temperature, and the rewards `[B]`.
-
-    A truncated completion never gave its answer: it gets 0 whatever it says, and stays in the loss.
-    """
+def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Rollout, Tensor]:
+    """A completion of each problem at its temperature, and the rewards `[B]`: 0 where truncated."""
     run.model.eval()
     prompts = [run.prompts[problem.question] for problem in problems]
     length = run.config.max_completion_length
@@ -261,14 +254,9 @@ def sample(run: Run, problems: list[Problem], temperatures: Tensor) -> tuple[Rol
     return samples, rewards.to(run.model.device) * ~samples.truncated
 
 
-def update(
-    run: Run, samples: Rollout, prompt: Tensor, objective: scope_rl.Objective
-) -> tuple[float, float, float]:  # fmt: skip
-    """Gradient steps on -J, one a mini-batch of prompts, accumulated over micro-batches.
-
-    `prompt` `[B]` says which prompt a sample belongs to. Returns loss, gradient norm and clip
-    fraction: means over the mini-batches that had something to learn from.
-    """
+def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_rl.Objective) -> list[float]:
+    """Gradient steps on -J, one a mini-batch of prompts; `prompt` `[B]` is each sample's. Returns
+    loss, gradient norm and clip fraction, means over mini-batches with something to learn."""
     config, model, stats = run.config, run.model.train(), []
     has_bonus = bool(objective.entropy_coefs.any())  # else the entropies need no gradient
     warm_up = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
@@ -299,17 +287,14 @@ def update(
         run.optimizer.step()
         run.optimizer.zero_grad()
         stats.append([loss.item(), norm.item(), (clipped / samples.completion_mask[rows].sum()).item()])
-    return tuple(np.mean(stats or [[0.0] * 3], axis=0).tolist())
+    return np.mean(stats or [[0.0] * 3], axis=0).tolist()
 
 
 # --- The run
 def evaluate(run: Run) -> dict[str, float]:
-    """Pass@k and `distinct_correct`, the number of different right answers among the samples.
-
-    Means over the test problems, with samples at temperature 1 that are always seeded alike.
-    """
+    """Means of Pass@k and `distinct_correct` over the test problems; samples are seeded alike."""
     n, size = run.config.num_eval_generations, run.config.per_device_eval_batch_size
-    texts, rewards, means = [], [], {}
+    texts, rewards = [], []
     torch.manual_seed(0)
     problems = [problem for problem in run.task.test for _ in range(n)]
     for first in tqdm(range(0, len(problems), size), desc="evaluate", leave=False):
@@ -318,13 +303,11 @@ def evaluate(run: Run) -> dict[str, float]:
         texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    if groups:
-        for k in (k for k in (1, 4, 16, 64, 256) if k <= n):
-            solved = [reward.pass_at_k(n, int(sum(rewards[group])), k) for group in groups]
-            means[f"pass@{k}"] = float(np.mean(solved))
-        distinct = [reward.distinct_correct(texts[group], rewards[group]) for group in groups]
-        means["distinct_correct"] = float(np.mean(distinct))
-    return means
+    num_right = [int(sum(rewards[g])) for g in groups]
+    ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
+    values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in ks}
+    values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
+    return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
 def train(run: Run) -> None:
@@ -332,12 +315,9 @@ def train(run: Run) -> None:
     config, output = run.config, Path(run.config.output_dir)
     steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
     print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
-    num_parameters, where = run.model.num_parameters(), run.model.device
-    print(f"{num_parameters:,} parameters on {where}, {len(run.task.train)} problems")
-    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {}
-    if not evaluations:
-        evaluations["before"] = evaluate(run)
-        write_whole(output / "eval.json", evaluations)
+    print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {"before": evaluate(run)}
+    write_whole(output / "eval.json", evaluations)
     print(f"before: {summary(evaluations['before'])}")
 
     with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
@@ -345,8 +325,8 @@ def train(run: Run) -> None:
         for step in bar:
             metrics, shown = train_step(run)
             metrics_file.write(json.dumps(metrics) + "\n")
-            on_the_bar = {name: metrics[name] for name in ("reward", "entropy", "scope_temperature")}
-            bar.set_postfix_str(summary(on_the_bar))
+            names = "reward", "entropy", "scope_temperature"
+            bar.set_postfix_str(summary({name: metrics[name] for name in names}))
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
@@ -368,8 +348,7 @@ def summary(values: dict[str, float]) -> str:
 
 
 def set_up(config: Config) -> Run:
-    """Everything a run needs, its checkpoint if it resumes. Raises ValueError, and writes nothing,
-    if the input cannot work."""
+    """Everything a run needs, its checkpoint too. Raises ValueError, before anything is written."""
     output = Path(config.output_dir)
     fresh = config.resume or not (output / "config.json").exists()
     check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
@@ -389,10 +368,10 @@ def set_up(config: Config) -> Run:
     check(longest + config.max_completion_length <= room, too_long)
 
     prompts = dict(zip(questions, prompts, strict=True))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what the next line asks for on a GPU
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
     torch.use_deterministic_algorithms(config.full_determinism)
-    options = {"lr": config.learning_rate, "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    fused = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.0, fused=fused)
     run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)
@@ -452,8 +431,8 @@ def main() -> None:
         smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
     except (KeyboardInterrupt, FloatingPointError) as stop:
-        go_on = f"python train.py --resume --output_dir {run.config.output_dir}"
-        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {go_on}")
+        command = f"python train.py --resume --output_dir {run.config.output_dir}"
+        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {command}")
 
 
 if __name__ == "__main__":

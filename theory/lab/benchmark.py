@@ -65,7 +65,7 @@ def odd_length(problem, completion: str) -> float:
     return float(len(completion) % 2)
 
 
-def as_if_ended(*given) -> train.Rollout:
+def as_if_ended(*given) -> train.rollout.Rollout:
     """`rollout.generate`, whose truncated completions may earn their reward too, as TRL's do."""
     samples = GENERATE(*given)
     samples.truncated[:] = False

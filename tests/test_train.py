@@ -478,6 +478,15 @@ def test_an_update_equals_plain_gradient_steps(arguments, tmp_path, monkeypatch)
         torch.testing.assert_close(one.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
 
 
+def test_updates_are_in_training_mode_and_sampling_is_not(arguments, monkeypatch):
+    """The mode turns gradient checkpointing on, which saves memory in updates and would cost sampling its cache."""
+    modes, generate, score = [], rollout.generate, rollout.score
+    monkeypatch.setattr(rollout, "generate", lambda m, *a: modes.append(("generate", m.training)) or generate(m, *a))
+    monkeypatch.setattr(rollout, "score", lambda m, *a: modes.append(("score", m.training)) or score(m, *a))
+    run([*arguments, "--max_steps", "2"])
+    assert set(modes) == {("generate", False), ("score", True)}
+
+
 def test_an_evaluation_is_pass_at_k_of_each_problem_always_drawn_alike(arguments, monkeypatch):
     """Batches that cut through the problems' samples; known rights and wrongs; the same random numbers every time."""
     one = train.set_up(train.parse_config([*arguments, "--per_device_eval_batch_size", "5"]))

@@ -219,9 +219,29 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
     assert train.set_up(train.parse_config(resume)).step == 2
 
 
-def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path):
+def test_a_resumed_run_goes_on_from_its_checkpoint_and_without_one_from_the_start(arguments, tmp_path, monkeypatch):
+    """Both end as the run that was not stopped; what was evaluated before training is not evaluated again."""
+    calls, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: calls.append(run.step) or evaluate(run))
+    files = [tmp_path / name / "eval.json" for name in ("run", "stopped")]
+    run(arguments)
+    arguments += ["--output_dir", str(tmp_path / "stopped")]
+    run([*arguments, "--max_steps", "2"])
+    for steps in ([4], [0, 4]):  # resumed at step 2; then with rows, but without a checkpoint
+        calls.clear()
+        run([*arguments, "--resume", "--max_steps", "4"])
+        assert calls == steps
+        assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "run")
+        assert files[0].read_text() == files[1].read_text()
+        (tmp_path / "stopped" / "checkpoint.pt").unlink()
+
+
+def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypatch):
     """Weights, AdamW's moments and counters, step, entropy and integral; rows written after it go."""
+    saved, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: saved.append(run.step) or save(run))
     finished = run([*arguments, "--max_steps", "3"])
+    assert saved == [2, 3]  # every second step, and the last
     finished.entropy, finished.integral = 0.375, 0.0625
     train.save_checkpoint(finished)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:

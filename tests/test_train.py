@@ -152,7 +152,7 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
 
 def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(30)))
+    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(40)))
     finished = run([*arguments, "--task", "gsm8k", "--train_file", str(data)])
     assert [len(finished.task.train), len(finished.task.test)] == [12, 3]
     assert len(metrics_of(tmp_path / "run")) == 4

@@ -125,6 +125,15 @@ def test_half_precision_logits_are_raised_to_float32():
     torch.testing.assert_close(entropy.double(), token_entropy(logits.double()), atol=1e-5, rtol=0)
 
 
+def test_half_precision_states_meet_the_head_in_float32():
+    """A body in bfloat16 may end in bfloat16; from there on it is float32, and the gradient comes back in bfloat16."""
+    hidden, head, tokens = torch.randn(9, 4).bfloat16().requires_grad_(), linear(torch.randn(13, 4)), torch.arange(9)
+    got, wanted = (logprobs_and_entropies(h, head, tokens, 4) for h in (hidden, hidden.detach().float()))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(got, wanted, strict=True))
+    got[0].sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16
+
+
 def test_masked_mean_ignores_what_is_masked_even_nan():
     values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])

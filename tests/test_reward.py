@@ -37,6 +37,7 @@ def test_hostile_output_scores_zero_in_linear_time():
         ("The answer is 72.", "72", 1), ("72 or 73", "72", 0), ("#### 71\n#### 72", "72", 1), ("#### 72\nis wrong: 71", "72", 1),
         ("#### 1 2 72", "72", 0), ("no number", "72", 0), ("####72", "72", 1), ("#### Paris.", "paris", 1), ("#### Rome", "Paris", 0),
         ("#### 1/2", "1/2", 1), ("#### 1/3", "1/2", 0), ("pages 3, 4", "34", 0), ("1,2345", "12345", 0),
+        ("so 12 is 5+7, 10-7", "7", 1), ("10-7", "-7", 0), ("10 - -7", "-7", 1),
     ],
 )  # fmt: skip
 def test_final_answers(completion, answer, expected):
@@ -95,6 +96,7 @@ def test_pass_at_k_is_unbiased():
 
 def test_distinct_correct():
     assert reward.distinct_correct(["1+2", "1+2", " 1+2\n", "2+1", "9"], [1.0, 1.0, 1.0, 1.0, 0.0]) == 2
+    assert reward.distinct_correct(["a  b\nc", "a b c", "ab c"], [1.0] * 3) == 2  # how much white space, not whether
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_distinct_correct():
         ("\n\n", "holds no problems"),
         ('{"question": "a", "answer": "1"}\nnot json', "line 2: expected an object"),
         ('{"question": "a"}', "line 1: expected an object"),
+        ('{"question": "", "answer": "1"}', "line 1: expected an object"),
         ('{"question": 3, "answer": "1"}', "line 1: expected an object"),
         ('{"question": "a", "answer": "#### "}', "line 1: expected an object"),
         ('{"question": "a", "answer": null}', "line 1: expected an object"),
@@ -130,6 +133,8 @@ def test_data_files_of_ones_own(tmp_path):
     task = reward.question_answer(str(path), None)
     assert [len(task.train), len(task.test)] == [18, 2]
     assert task.test[-1] == Problem("q19\u2028", "19")
+    path.write_text('{"question": "half of 5?", "answer": 2.5}')
+    assert load_problems(path) == [Problem("half of 5?", "2.5")]
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match="one problem"):
         reward.question_answer(str(path), None)
@@ -149,3 +154,25 @@ def test_download_is_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").unlink()
     assert reward.download_gsm8k("train") == path
     assert load_problems(path) == [Problem("a", "1")]
+
+
+def test_where_the_problems_of_each_split_come_from(tmp_path, monkeypatch):
+    """Files of one's own, GSM8K's two files, each checked against its own hash, or a held-out tenth, rounded up."""
+    monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reward, "GSM8K", f"file://{tmp_path}/")
+    for name in ("train", "test", "mine", "mine too"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"question": f"{name} {i}", "answer": i}) + "\n" for i in range(11)))
+        monkeypatch.setitem(reward.GSM8K_SHA256, name, hashlib.sha256(path.read_bytes()).hexdigest())
+    mine, mine_too = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine too.jsonl")
+    for files, train, test in [
+        ((None, None), "train", "test"),
+        ((None, mine), "train", "mine"),
+        ((mine, mine_too), "mine", "mine too"),
+    ]:
+        task = reward.question_answer(*files)
+        assert [p.question for p in task.train] == [f"{train} {i}" for i in range(11)]
+        assert [p.question for p in task.test] == [f"{test} {i}" for i in range(11)]
+    task = reward.question_answer(mine, None)
+    assert [p.answer for p in task.train] == [str(i) for i in range(9)]
+    assert [p.answer for p in task.test] == ["9", "10"]

@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers import GenerationConfig
@@ -217,16 +218,17 @@ def test_completion_masks_go_by_position(tokenizer):
             [one, two, one, two],  # truncated
             [eos, eos, eos, eos],  # the end at once
             [one, one, one, eos],  # ended in the last place: not truncated
+            [two, eos, tokenizer.pad_token_id, tokenizer.pad_token_id],  # ended, and padded by another token
         ],
         ends=[eos, other],
     )
-    samples = rollout.generate(scripted, tokenizer, ["1", "1<eos>2", "1", "1", "1"], torch.ones(5), 4)
-    assert samples.completion_mask.sum(1).tolist() == [3, 2, 4, 1, 4]
-    assert samples.truncated.tolist() == [False, False, True, False, False]
-    assert samples.texts == ["12", "1:", "1212", "", "111"]
-    assert samples.lengths.tolist() == [1 + 3, 3 + 2, 1 + 4, 1 + 1, 1 + 4]
+    samples = rollout.generate(scripted, tokenizer, ["1", "1<eos>2", "1", "1", "1", "1"], torch.ones(6), 4)
+    assert samples.completion_mask.sum(1).tolist() == [3, 2, 4, 1, 4, 2]
+    assert samples.truncated.tolist() == [False, False, True, False, False, False]
+    assert samples.texts == ["12", "1:", "1212", "", "111", "2"]
+    assert samples.lengths.tolist() == [1 + 3, 3 + 2, 1 + 4, 1 + 1, 1 + 4, 1 + 2]
     starts = samples.completion_mask.int().argmax(1)
-    assert starts.tolist() == [1, 3, 1, 1, 1]  # each row begins with its prompt
+    assert starts.tolist() == [1, 3, 1, 1, 1, 1]  # each row begins with its prompt
     assert samples.sequences[1, :5].tolist() == [one, eos, two, one, other]
 
 
@@ -370,5 +372,56 @@ def test_prompts_with_and_without_a_chat_template(tokenizer):
     assert rollout.format_prompts(tokenizer, ["1,2,3:4="], "Do this.") == ["1,2,3:4="]  # the tiny model's own template
     plain = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["<s>Why?\n\nDo this.\n"]
-    plain.chat_template = "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
-    assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["no thoughts Why?\n\nDo this.|"]
+    plain.chat_template = (
+        "{% if enable_thinking is false %}no thoughts {% endif %}{{ messages[0]['content'] }}|"
+        "{% if add_generation_prompt %}You:{% endif %}"
+    )
+    assert rollout.format_prompts(plain, ["Why?"], "Do this.") == ["no thoughts Why?\n\nDo this.|You:"]
+
+
+def test_prompts_are_tokenized_as_they_stand(random_model, tokenizer):
+    """A template has written the special tokens already: a tokenizer that adds its own must not begin a prompt twice."""
+    eager, first = copy.deepcopy(tokenizer), ("<eos>", tokenizer.eos_token_id)
+    adds = tokenizers.processors.TemplateProcessing(single="<eos> $A", special_tokens=[first])
+    eager.backend_tokenizer.post_processor = adds
+    assert eager("1+2=").input_ids == [first[1], *tokenizer("1+2=").input_ids]
+    samples = rollout.generate(random_model(), eager, ["1+2=", "1="], torch.ones(2), 3)
+    assert samples.completion_mask.int().argmax(1).tolist() == [4, 2]
+
+
+def test_a_micro_batch_is_scored_at_its_own_width_and_in_chunks_of_the_budget(random_model, tokenizer, monkeypatch):
+    model, widths, chunks, whole = random_model(), [], [], rollout.logprobs_and_entropies
+    samples = rollout.generate(model, tokenizer, ["1+2=", "1="] * 8, torch.ones(16), 9)
+    model.get_input_embeddings().register_forward_hook(lambda *args: widths.append(args[1][0].shape[1]))
+    monkeypatch.setattr(rollout, "logprobs_and_entropies", lambda *a: chunks.append(a[3]) or whole(*a))
+    for budget in (3 * len(tokenizer), 1):
+        monkeypatch.setattr(rollout, "LOGITS_BUDGET", budget)
+        rollout.score(model, samples, samples.lengths.argsort()[:2])
+    assert widths == [samples.lengths.sort().values[1]] * 2
+    assert widths[0] < samples.sequences.shape[1]
+    assert chunks == [3, 1]
+
+
+def test_rows_leave_at_any_of_the_models_end_tokens(random_model, tokenizer, monkeypatch):
+    """A chat model's generation_config names more of them than its tokenizer."""
+    monkeypatch.setattr(rollout, "SEGMENT", 1)
+    model, fed = random_model(), []
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["1", "2", "+"])]
+    model.generation_config.eos_token_id = ends[1:]
+    model.get_input_embeddings().register_forward_hook(lambda *args: fed.append(args[1][0].shape[0]))
+    samples = rollout.generate(model, tokenizer, ["1+2="] * 64, torch.full((64,), 3.0), 4)
+    lengths = samples.completion_mask.sum(1)
+    assert fed[1:] == [(lengths > t).sum() for t in range(4)]
+    assert torch.isin(samples.sequences[torch.arange(64), samples.lengths - 1], torch.tensor(ends)).sum() > 32
+
+
+def test_a_policy_is_loaded_in_float32_and_evaluation_mode_and_needs_an_end_token(
+    random_model, tokenizer, load, tmp_path
+):
+    model = load(random_model().bfloat16())  # stored in half precision
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    endless = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end token"):
+        rollout.load_policy(str(tmp_path))

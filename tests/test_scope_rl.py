@@ -180,9 +180,12 @@ def test_the_rule_rests_at_the_predicted_offset_and_the_integral_removes_it(gain
 def test_the_integral_is_frozen_while_clipped_and_far_from_the_target():
     options = {"target": 0.5, "minimum": 0.8, "maximum": 1.2, "integral_gain": 0.1}
     assert scope_temperature(0.45, 0.0, **options)[1] == pytest.approx(0.005)
+    assert scope_temperature(0.45, 0.0, **options, gain=2.0)[1] == pytest.approx(0.005)  # the two gains are apart
     assert scope_temperature(0.45, 0.3, **options) == (1.2, 0.3)  # clipped
+    assert scope_temperature(0.55, -0.3, **options) == (0.8, -0.3)  # on the other side too
     assert scope_temperature(0.35, 0.0, **options)[1] == 0.0  # 0.15 nats away
     assert scope_temperature(0.35, 0.0, **options, integral_band=0.2)[1] == pytest.approx(0.015)
+    assert scope_temperature(0.375, 0.0, **options, integral_band=0.125)[1] == pytest.approx(0.0125)  # at it
 
 
 def test_the_table_says_what_each_sample_weighs():

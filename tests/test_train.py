@@ -1,5 +1,6 @@
 """train.py as a user meets it: the command line, the files, killing and resuming, and bad input."""
 
+import copy
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +152,7 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
 
 def test_a_jsonl_file_of_ones_own(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(30)))
+    data.write_text("".join(json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(40)))
     finished = run([*arguments, "--task", "gsm8k", "--train_file", str(data)])
     assert [len(finished.task.train), len(finished.task.test)] == [12, 3]
     assert len(metrics_of(tmp_path / "run")) == 4
@@ -172,6 +174,9 @@ def test_seeds_sample_differently_from_the_same_prompts(arguments, tmp_path):
     more = ["--task", "gsm8k", "--train_file", str(data), "--test_file", str(data)]
     first, second = (after_one_step(arguments, tmp_path / seed, *more, "--seed", seed)[1] for seed in "01")
     assert first["entropy"] != second["entropy"]
+    still = ["--algorithm", "grpo", "--learning_rate", "0"]
+    one, first = after_one_step(arguments, tmp_path / "2", *more, *still)
+    assert train.train_step(one)[0]["entropy"] != first["entropy"]  # and so do steps
 
 
 def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
@@ -212,6 +217,46 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
     monkeypatch.undo()
     assert train.set_up(train.parse_config(resume)).step == 2
+
+
+def test_a_resumed_run_goes_on_from_its_checkpoint_and_without_one_from_the_start(arguments, tmp_path, monkeypatch):
+    """Both end as the run that was not stopped; what was evaluated before training is not evaluated again."""
+    calls, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: calls.append(run.step) or evaluate(run))
+    files = [tmp_path / name / "eval.json" for name in ("run", "stopped")]
+    run(arguments)
+    arguments += ["--output_dir", str(tmp_path / "stopped")]
+    run([*arguments, "--max_steps", "2"])
+    for steps in ([4], [0, 4]):  # resumed at step 2; then with rows, but without a checkpoint
+        calls.clear()
+        run([*arguments, "--resume", "--max_steps", "4"])
+        assert calls == steps
+        assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "run")
+        assert files[0].read_text() == files[1].read_text()
+        (tmp_path / "stopped" / "checkpoint.pt").unlink()
+
+
+def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypatch):
+    """Weights, AdamW's moments and counters, step, entropy and integral; rows written after it go."""
+    saved, save = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda run: saved.append(run.step) or save(run))
+    finished = run([*arguments, "--max_steps", "3"])
+    assert saved == [2, 3]  # every second step, and the last
+    finished.entropy, finished.integral = 0.375, 0.0625
+    train.save_checkpoint(finished)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4}\n{"st')
+    torch.manual_seed(1)
+    resumed = train.set_up(train.parse_config([*arguments, "--resume"]))
+    assert (resumed.step, resumed.entropy, resumed.integral) == (3, 0.375, 0.0625)
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name, value in finished.optimizer.state[a].items():
+            assert torch.equal(value, resumed.optimizer.state[b][name])
+    group = resumed.optimizer.param_groups[0]
+    assert isinstance(resumed.optimizer, torch.optim.AdamW)
+    assert group["weight_decay"] == 0
 
 
 def test_what_is_there_is_not_overwritten_and_damage_is_reported(arguments, tmp_path):
@@ -271,6 +316,7 @@ def test_every_problem_comes_once_a_pass_in_a_new_order():
     passes = [drawn[i : i + 10] for i in range(0, 80, 10)]
     assert all(sorted(p, key=int) == [str(i) for i in range(10)] for p in passes)
     assert len({tuple(p) for p in passes}) == 8
+    assert train.choose_problems(problems, 10, seed=4, step=0) != train.choose_problems(problems, 10, seed=3, step=0)
     assert len(train.choose_problems(problems, 25, seed=0, step=2)) == 25  # more than there are
 
 
@@ -365,6 +411,149 @@ def test_what_each_sample_weighs(arguments, tmp_path, monkeypatch):
     after_one_step(arguments, tmp_path / "a", "--entropy_coef", "0.3", "--scope_weight", "0.5")
     assert seen[0].weights.tolist() == pytest.approx([1 / 32] * 32 + [0.5 / 8] * 8)
     assert seen[0].entropy_coefs.tolist() == pytest.approx([0.3] * 32 + [0.0] * 8)
+
+
+def test_a_step_samples_and_counts_as_the_method_says(arguments, tmp_path, monkeypatch):
+    """Whose completion each row is, its advantage within its prompt's group, and the metrics, one sample at a time."""
+    seen, generate, update = {}, rollout.generate, train.update
+
+    def spy(model, tokenizer, prompts, temperatures, length):
+        seen["prompts"], seen["samples"] = prompts, generate(model, tokenizer, prompts, temperatures, length)
+        return seen["samples"]
+
+    monkeypatch.setattr(rollout, "generate", spy)
+    monkeypatch.setattr(train, "update", lambda *given: seen.update(given=given[2:]) or update(*given))
+    more = ["--scope_alpha", "0.5", "--max_completion_length", "5", "--seed", "2"]
+    one, metrics = after_one_step(arguments, tmp_path / "a", *more)
+    N, G, samples = 32, 4, seen["samples"]
+    asked = seen["prompts"][:N:G]  # the 8 problems of the step
+    assert len(set(asked)) == 8
+    assert seen["prompts"] == [prompt for prompt in asked for _ in range(G)] + asked * 2
+    prompt, objective = seen["given"]
+    assert [asked[p] for p in prompt.tolist()] == seen["prompts"]
+
+    lengths, last = samples.completion_mask.sum(1).tolist(), samples.sequences[range(N + 16), samples.lengths - 1]
+    ended = (last == one.tokenizer.eos_token_id).tolist()
+    rewards = [float(len(text) % 2 and end) for text, end in zip(samples.texts, ended, strict=True)]  # the task's
+    for p in range(N // G):
+        group = rewards[p * G : (p + 1) * G]
+        wanted = [(R - np.mean(group)) / (np.std(group) + 1e-4) for R in group]
+        assert objective.advantages[p * G : (p + 1) * G].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert objective.advantages[N:].tolist() == rewards[N:]
+    entropies = [samples.entropies[i, t].item() for i in range(N) for t in samples.completion_mask[i].nonzero()[:, 0]]
+    assert metrics["entropy"] == one.entropy == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert metrics["completion_length"] == pytest.approx(np.mean(lengths[:N]))
+    assert metrics["truncated_frac"] == pytest.approx(1 - np.mean(ended[:N]))
+    assert metrics["reward"] == pytest.approx(np.mean(rewards[:N]))
+    assert metrics["scope_positive_frac"] == pytest.approx(np.mean(rewards[N:]))
+    assert len({metrics["reward"], metrics["scope_positive_frac"], np.mean(rewards)}) == 3  # the case tells them apart
+    assert np.mean(lengths[:N]) != np.mean(lengths)
+
+
+def test_an_update_equals_plain_gradient_steps(arguments, tmp_path, monkeypatch):
+    """Against one forward pass a sample, autograd's log_softmax, J's equations, and steps made by hand."""
+    plain_gradient_descent(monkeypatch)
+    seen, update = {}, train.update
+
+    def spy(run, *given):
+        seen["model"], seen["given"] = copy.deepcopy(run.model), given
+        return update(run, *given)
+
+    monkeypatch.setattr(train, "update", spy)
+    more = (
+        "--num_mini_batches 3 --epsilon 0.01 --epsilon_high 0.03 --max_grad_norm 0.5 --learning_rate 0.1 --warmup_steps 2 "
+        "--per_device_train_batch_size 3 --scope_alpha 0.5 --generation_batch_size 96 --num_train_problems 24"
+    )
+    one = train.set_up(train.parse_config([*arguments, *shlex.split(more)]))
+    dull = {p.question for p in train.choose_problems(one.task.train, 24, 0, 0)[::3]}  # all of the first mini-batch
+    parity = one.task.reward
+    one.task = one.task._replace(reward=lambda p, text: float(p.question not in dull) * parity(p, text))
+    metrics, _ = train.train_step(one)
+    model, (samples, prompt, objective), stats = seen["model"], seen["given"], []
+    for m in range(3):
+        J, low, high, tokens = 0.0, 0, 0, 0
+        for i in range(len(prompt)):
+            A, w = objective.advantages[i].item(), objective.weights[i].item()
+            if prompt[i] % 3 != m or A == 0:
+                continue
+            mask = samples.completion_mask[i]
+            log_p = torch.log_softmax(model(samples.sequences[i : i + 1]).logits[0, :-1], -1)
+            log_p = log_p.gather(1, samples.sequences[i, 1:, None])[:, 0][mask[1:]]
+            r = (log_p - samples.logprobs[i, mask]).exp()
+            J = J + 3 * w * torch.minimum(r * A, r.clamp(0.99, 1.03) * A).mean()
+            low, high = low + (A < 0) * (r < 0.99).sum().item(), high + (A > 0) * (r > 1.03).sum().item()
+            tokens += len(r)
+        if tokens == 0:
+            continue
+        gradients = torch.autograd.grad(-J, list(model.parameters()))
+        norm = sum(g.square().sum() for g in gradients).sqrt().item()
+        with torch.no_grad():
+            for weight, g in zip(model.parameters(), gradients, strict=True):
+                weight -= 0.05 * g * min(1, 0.5 / norm)
+        stats.append([-J.item(), norm, (low + high) / tokens])
+    assert len(stats) == 2
+    assert min(low, high) > 0  # both sides are worth testing, in the last mini-batch
+    assert max(norm for _, norm, _ in stats) > 0.5
+    got = [metrics[name] for name in ("loss", "grad_norm", "clip_fraction")]
+    assert got == pytest.approx(np.mean(stats, axis=0).tolist(), rel=1e-3, abs=1e-5)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(one.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_updates_are_in_training_mode_and_sampling_is_not(arguments, monkeypatch):
+    """The mode turns gradient checkpointing on, which saves memory in updates and would cost sampling its cache."""
+    modes, generate, score = [], rollout.generate, rollout.score
+    monkeypatch.setattr(rollout, "generate", lambda m, *a: modes.append(("generate", m.training)) or generate(m, *a))
+    monkeypatch.setattr(rollout, "score", lambda m, *a: modes.append(("score", m.training)) or score(m, *a))
+    run([*arguments, "--max_steps", "2"])
+    assert set(modes) == {("generate", False), ("score", True)}
+
+
+def test_an_evaluation_is_pass_at_k_of_each_problem_always_drawn_alike(arguments, monkeypatch):
+    """Batches that cut through the problems' samples; known rights and wrongs; the same random numbers every time."""
+    one = train.set_up(train.parse_config([*arguments, "--per_device_eval_batch_size", "5"]))
+    script = {problem: iter(texts * 2) for problem, texts in zip(one.task.test, ("....", ".a..", "bacb"), strict=True)}
+    random_numbers = []
+
+    def scripted(run, problems, temperatures):
+        assert 0 < len(problems) == len(temperatures) <= 5
+        assert temperatures.tolist() == [1.0] * len(problems)
+        random_numbers.append(torch.rand(1).item())
+        texts = [next(script[problem]) for problem in problems]
+        return types.SimpleNamespace(texts=texts), torch.tensor([float(text != ".") for text in texts])
+
+    monkeypatch.setattr(train, "sample", scripted)
+    expected = {"pass@1": (0 + 1 / 4 + 1) / 3, "pass@4": 2 / 3, "distinct_correct": (0 + 1 + 3) / 3}
+    assert train.evaluate(one) == pytest.approx(expected)
+    one.config.seed = 1
+    assert train.evaluate(one) == pytest.approx(expected)
+    assert random_numbers[:3] == random_numbers[3:]
+
+
+def test_the_learning_rate_rises_and_stays(arguments, tmp_path):
+    for steps, expected in ((3, [1 / 3, 2 / 3, 1, 1]), (0, [1, 1, 1, 1])):
+        folder = tmp_path / str(steps)
+        run([*arguments, "--output_dir", str(folder), "--warmup_steps", str(steps), "--num_eval_problems", "0"])
+        assert [row["learning_rate"] for row in metrics_of(folder)] == pytest.approx([1e-3 * x for x in expected])
+
+
+def test_the_temperature_follows_the_rule_by_the_runs_own_constants(arguments):
+    options = {"minimum": 0.9, "maximum": 1.1, "gain": 0.5, "integral_gain": 0.2, "integral_band": 0.15}
+    names = (
+        "scope_temperature_min",
+        "scope_temperature_max",
+        "scope_gain",
+        "scope_integral_gain",
+        "scope_integral_band",
+    )
+    more = [x for name, value in zip(names, options.values(), strict=True) for x in (f"--{name}", str(value))]
+    config = train.parse_config([*arguments, *more, "--scope_target_entropy", "0.6", "--scope_alpha", "0.05"])
+    one, integral = train.Run(config, None, {}, None, None, None), 0.0
+    for entropy in (None, 0.5, 0.48, 0.3, 0.65, 0.9):
+        one.entropy = entropy
+        T, integral = scope_rl.scope_temperature(0.6 if entropy is None else entropy, integral, target=0.6, **options)
+        assert train.control(one) == (pytest.approx(T), 2)  # 0.05 * 32 is nearly 2
+        assert one.integral == pytest.approx(integral)
 
 
 def plain_gradient_descent(monkeypatch):

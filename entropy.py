@@ -67,12 +67,13 @@ class ChunkedHead(torch.autograd.Function):
         for start in range(0, len(tokens), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             x = log_policy(nn.functional.linear(hidden[rows], weight, bias))  # [n, V]
-            p, dz = x.exp(), torch.zeros_like(x)
-            if d_logprobs is not None:  # 1[a = b] - p_b
-                d = d_logprobs[rows, None]
-                dz.scatter_(1, tokens[rows, None], d).addcmul_(p, d, value=-1)
-            if d_entropies is not None:  # -p_b (x_b + H)
-                dz.addcmul_(p.mul_(d_entropies[rows, None]), x.add_(entropies[rows, None]), value=-1)
+            d = torch.zeros_like(x[:, :1]) if d_logprobs is None else d_logprobs[rows, None]  # [n, 1]
+            if d_entropies is None:
+                dz = x.exp_().mul_(-d)  # -p_b d
+            else:
+                p, u = x.exp(), x.add_(entropies[rows, None])  # u = x + H
+                dz = p.mul_(u.mul_(-d_entropies[rows, None]).sub_(d))  # -p_b (u_b d_H + d)
+            dz.scatter_add_(1, tokens[rows, None], d)  # + 1[a = b] d
             d_hidden[rows] = dz @ weight
             d_weight.addmm_(dz.T, hidden[rows])
             if bias is not None:

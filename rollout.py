@@ -21,10 +21,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
 
+INVERTING = {"cpu"}  # where a random number for each token of the vocabulary costs too much
 SEGMENT = 64  # tokens between two looks at which rows have ended
 ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name before transformers 5.24
-LOGITS_BUDGET = 2**26  # float32 logits held at a time in scoring: 256 MiB, a few times that in all
+LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
 
 
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
@@ -79,7 +80,7 @@ class Rollout:
 
     sequences: Tensor  # [B, S] token ids
     completion_mask: Tensor  # [B, S] bool, true up to and including the first end token
-    logprobs: Tensor  # [B, S] log pi_old of each token, at temperature 1; 0 outside the mask
+    logprobs: Tensor  # [B, S] log pi_old of each token, at temperature 1, as it was drawn; 0 outside
     entropies: Tensor  # [B, S] H of the distribution it came from, at temperature 1, nats
     lengths: Tensor  # [B] tokens of prompt and completion together
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
@@ -119,7 +120,8 @@ def generate(
     special = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=False, use_cache=True, **special)
     try:
-        sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
+        with torch.autocast(device.type, enabled=False):  # outside the body's: keeps the weights it has cast
+            sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
     finally:
         model.generation_config = models_own
 
@@ -164,7 +166,7 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # makes copies
-        self.room = 0
+        self.room, self.buffers = 0, []
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -196,24 +198,27 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
         sequences, noted = F.pad(sequences, (0, n), value=config.pad_token_id), F.pad(noted, (0, n))
         sequences[rows, -n:], noted[:, rows, -n:] = new, torch.stack(sampler.noted, -1)[..., :n]
         rows, mask, left = rows[going_on], F.pad(mask[going_on], (0, n), value=1), left - n
-        if by_rows:
+        if by_rows and not going_on.all():
             cache.batch_select_indices(going_on)
     return sequences, noted
 
 
 class Sampler:
     """A logits processor that draws from softmax(z / T), row by row, and forbids all other tokens.
-    It notes log p of the token and H, at temperature 1. (torch.multinomial, as in `generate`, takes a
-    random number for each token of the vocabulary, on a CPU a sixth of a small model's time.)"""
+    It notes log p of the token and H, at temperature 1."""
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures[:, None]  # [b, 1]
         self.noted: list[Tensor] = []  # [2, b] a token: log pi_old, H
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        cumulative = torch.softmax(logits / self.temperatures, -1).cumsum(-1, dtype=torch.float64)  # [b, V]
-        u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
-        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=logits.shape[1] - 1)
+        p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
+        if p.device.type in INVERTING:  # the cumulative distribution; multinomial is slow on a CPU
+            cumulative = p.cumsum(-1, dtype=torch.float64)
+            u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
+            tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
+        else:
+            tokens = torch.multinomial(p, 1)
         log_p = log_policy(logits)  # [b, V]
         self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)

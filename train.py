@@ -148,9 +148,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
         try:
-            defaults = json.loads(path.read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"nothing to resume: --output_dir must name a run; cannot read {path}") from None
+            defaults = dict(json.loads(path.read_text()))
+            unknown = defaults.keys() - vars(Config()).keys()
+            check(not unknown, f"options of another version, {sorted(unknown)}")
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"nothing to resume: --output_dir must name a run; {path}: {error}") from None
     else:
         without_gpu = "laptop" if args.model else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
@@ -214,7 +216,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
         "truncated_frac": samples.truncated[:N].float().mean().item(),  # they have reward 0
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "rollout_seconds": rollout_seconds,
-        "update_seconds": time.perf_counter() - start - rollout_seconds,  # scoring included
+        "update_seconds": time.perf_counter() - start - rollout_seconds,
     }
     rows = [0, N] if M else [0]
     return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in rows]
@@ -250,7 +252,7 @@ def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Roll
     length = run.config.max_completion_length
     samples = rollout.generate(run.model, run.tokenizer, prompts, temperatures, length)
     answered = zip(problems, samples.texts, strict=True)
-    rewards = torch.tensor([run.task.reward(problem, text) for problem, text in answered])
+    rewards = torch.tensor([float(run.task.reward(problem, text)) for problem, text in answered])
     return samples, rewards.to(run.model.device) * ~samples.truncated
 
 
@@ -332,6 +334,7 @@ def train(run: Run) -> None:
                 for T, R, question, text in shown:
                     tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
             if run.step % config.save_steps == 0 or run.step == config.max_steps:
+                os.fsync(metrics_file.fileno())
                 save_checkpoint(run)
 
     evaluations["after"] = evaluate(run)
@@ -355,10 +358,16 @@ def set_up(config: Config) -> Run:
     if config.task == "gsm8k":
         task = reward.question_answer(config.train_file, config.test_file)
     else:
-        task = runpy.run_path(config.task)["task"](config)
+        try:
+            task = runpy.run_path(config.task)["task"](config)
+        except (OSError, ImportError, KeyError) as error:
+            needed = "gsm8k or a Python file with a function task"
+            raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     questions = [problem.question for problem in train + test]
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
+    torch.use_deterministic_algorithms(config.full_determinism)
     model, tokenizer = rollout.load_policy(config.model, config.bf16, config.gradient_checkpointing)
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
@@ -368,15 +377,14 @@ def set_up(config: Config) -> Run:
     check(longest + config.max_completion_length <= room, too_long)
 
     prompts = dict(zip(questions, prompts, strict=True))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
-    torch.use_deterministic_algorithms(config.full_determinism)
     fused = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.0, fused=fused)
     run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "config.json", vars(config) | {"resume": False})
+    weight = None if config.scope_weight == config.scope_alpha else config.scope_weight  # goes with alpha
+    write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
     return run
 
 
@@ -411,7 +419,9 @@ def load_checkpoint(run: Run) -> None:
         run.optimizer.load_state_dict(content["optimizer"])
         state = content["state"]
         run.step, run.entropy, run.integral = state["step"], state["entropy"], state["integral"]
-        os.truncate(path.with_name("metrics.jsonl"), state["metrics_bytes"])  # rows after it go
+        metrics = path.with_name("metrics.jsonl")
+        check(metrics.stat().st_size >= state["metrics_bytes"], f"{metrics} is shorter than it was")
+        os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
     except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
         reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"cannot resume from {path}: {reason}") from None
@@ -423,14 +433,14 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         run = set_up(parse_config())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     try:
         train(run)
     except torch.OutOfMemoryError:
         smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
-    except (KeyboardInterrupt, FloatingPointError) as stop:
+    except (KeyboardInterrupt, FloatingPointError, OSError) as stop:
         command = f"python train.py --resume --output_dir {run.config.output_dir}"
         sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {command}")
 

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -137,8 +138,10 @@ def test_segments_and_shared_prompts_change_no_token(architecture, tokenizer, mo
         assert samples.sequences[i, : samples.lengths[i]].tolist() == ids[0].tolist()
 
 
-def test_tokens_are_drawn_by_their_probabilities_and_impossible_ones_never():
+@pytest.mark.parametrize("inverting", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
+def test_tokens_are_drawn_by_their_probabilities_and_impossible_ones_never(monkeypatch, inverting):
     """Chi-square of a large vocabulary, most of it rare; and tokens of probability zero at every place."""
+    monkeypatch.setattr(rollout, "INVERTING", inverting)
     logits = torch.randn(1, 5000) * 3
     logits[0, ::7] = -torch.inf
     for T in (0.5, 1.0):
@@ -153,7 +156,8 @@ def test_tokens_are_drawn_by_their_probabilities_and_impossible_ones_never():
     only_last = torch.full((50, 9), -torch.inf)
     only_last[:, -1] = 0.0
     assert (rollout.Sampler(torch.ones(50))(None, only_last).argmax(1) == 8).all()
-    assert rollout.Sampler(torch.ones(2))(None, torch.full((2, 9), torch.nan)).shape == (2, 9)  # found out later
+    if inverting:  # found out later, by the gradient
+        assert rollout.Sampler(torch.ones(2))(None, torch.full((2, 9), torch.nan)).shape == (2, 9)
 
 
 def test_a_prompt_is_read_once_and_finished_rows_leave(random_model, tokenizer, monkeypatch):
@@ -337,6 +341,37 @@ def test_the_cache_copies_itself_once_a_segment(random_model, tokenizer, monkeyp
     assert [length for _, length in places] == list(range(7, 7 + len(places)))
     assert samples.lengths.max() == 8 + 15
     assert len({place for place, _ in places}) <= 1 + 15 // 5 + 1
+
+
+def test_bfloat16_copies_of_weights_are_made_once_a_rollout(tokenizer, load):
+    """Not once a token: the cast of a weight outlives the forward pass that made it."""
+    model, copies = load(bf16=True), []
+    shapes = {p.shape for p in model.base_model.layers.parameters() if p.dim() == 2}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape in shapes:
+                copies.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        rollout.generate(model, tokenizer, ["1+2="] * 4, torch.ones(4), 8)
+    assert 0 < len(copies) <= sum(p.dim() == 2 for p in model.base_model.layers.parameters())
+
+
+def test_a_rollout_frees_the_buffers_that_rows_have_left(random_model, tokenizer, monkeypatch):
+    """Between a segment and the next, a layer holds its keys and values once."""
+    held, select = [], rollout.GrowingLayer.batch_select_indices
+
+    def spy(layer, indices):
+        select(layer, indices)
+        held.append(sum(x.untyped_storage().nbytes() for x in layer.buffers))
+
+    monkeypatch.setattr(rollout, "SEGMENT", 2)
+    monkeypatch.setattr(rollout.GrowingLayer, "batch_select_indices", spy)
+    rollout.generate(random_model(), tokenizer, ["1+2="] * 32, torch.ones(32), 6)
+    assert len(held) > 2
+    assert not any(held)
 
 
 def test_scoring_passes_no_attention_mask(random_model, tokenizer, monkeypatch):

@@ -629,6 +629,49 @@ def test_micro_batches_cost_no_waiting_for_the_device(arguments, tmp_path, monke
     assert counts[0] == counts[1] > 0
 
 
+def test_a_resumed_run_takes_alphas_weight_with_it(arguments, tmp_path):
+    """The weight is alpha's unless it was given apart, also when alpha changes on --resume."""
+    for given, expected in (([], 0.5), (["--scope_weight", "0.3"], 0.3)):
+        folder = tmp_path / str(expected)
+        plain = [x for x in arguments if x not in ("--preset", "tiny")] + ["--preset", "laptop"]
+        train.set_up(train.parse_config([*plain, "--output_dir", str(folder), *given]))
+        again = ["--resume", "--output_dir", str(folder), "--scope_alpha", "0.5"]
+        assert train.parse_config(again).scope_weight == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "nothing to resume"), ('{"scope_share": 1}', "options of another version"), ("{", "nothing to resume")],
+)
+def test_a_config_that_is_not_this_programs_is_refused_on_resume(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        train.parse_config(["--resume", "--output_dir", str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, "", "import nothing_of_that_name", "tasks = 3"])
+def test_a_task_that_is_none_is_refused_in_one_line(arguments, tmp_path, content):
+    if content is not None:
+        (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(ValueError, match="--task must be gsm8k or a Python file with a function task") as error:
+        train.set_up(train.parse_config([*arguments, "--task", str(tmp_path / "mine.py")]))
+    assert "\n" not in str(error.value)
+
+
+def test_rewards_may_be_booleans_or_integers(arguments, tmp_path):
+    for right in (True, 1):
+        assert after_one_step(arguments, tmp_path / type(right).__name__, reward=right)[1]["reward"] > 0
+
+
+def test_metrics_shorter_than_the_checkpoint_are_refused(arguments, tmp_path):
+    run([*arguments, "--max_steps", "2"])
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(ValueError, match="is shorter than it was"):
+        train.set_up(train.parse_config([*arguments, "--resume", "--max_steps", "4"]))
+
+
 def test_the_auxiliary_samples_are_drawn_at_t_in_the_same_call(arguments, tmp_path, monkeypatch):
     calls, generate = [], rollout.generate
     monkeypatch.setattr(rollout, "generate", lambda *a: calls.append(a[3]) or generate(*a))

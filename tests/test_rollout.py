@@ -307,6 +307,16 @@ def test_under_bfloat16_sampling_and_scoring_share_float32_logits(tokenizer, loa
     assert hidden == [torch.bfloat16]  # the body does run in bfloat16
 
 
+def test_the_head_is_in_float32_on_a_body_that_ends_in_bfloat16(load, monkeypatch):
+    """Qwen3's last norm, with float32 weights, happens to return float32; another model's need not."""
+    norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x).bfloat16())
+    model, ids = load(bf16=True), torch.arange(4)[None]
+    assert model.base_model(ids).last_hidden_state.dtype == torch.bfloat16
+    assert model(ids).logits.dtype == torch.float32
+
+
 def test_the_cache_is_bfloat16_and_no_token_changes(tokenizer, load, monkeypatch):
     """Qwen3's k_norm makes keys float32 under autocast; attention rounds them to bfloat16 in any case."""
     model, results = load(bf16=True), []

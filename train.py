@@ -102,13 +102,14 @@ class Config:
         prompts, rest = divmod(self.generation_batch_size, self.num_generations)
         check(rest == 0, "generation_batch_size must be a multiple of num_generations")
         check(self.num_mini_batches <= prompts, "num_mini_batches is more than a step's prompts")
+        check(not self.train_file or self.task == "gsm8k", "train_file needs --task gsm8k")
         in_order = self.scope_temperature_min <= self.scope_temperature_max
         check(in_order, "scope_temperature_min exceeds scope_temperature_max")
 
 
 ABOVE_ZERO = {
-    "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size", "num_generations",
-    "max_completion_length", "num_mini_batches", "max_grad_norm", "scope_temperature_min",
+    "max_steps", "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size",
+    "num_generations", "max_completion_length", "num_mini_batches", "max_grad_norm", "scope_temperature_min",
     "per_device_train_batch_size", "per_device_eval_batch_size",
 }  # fmt: skip
 TINY = Path(__file__).parent / "theory" / "tiny"
@@ -360,7 +361,7 @@ def set_up(config: Config) -> Run:
     else:
         try:
             task = runpy.run_path(config.task)["task"](config)
-        except (OSError, ImportError, KeyError) as error:
+        except Exception as error:  # whatever a file that is no task may raise
             needed = "gsm8k or a Python file with a function task"
             raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
@@ -442,7 +443,7 @@ def main() -> None:
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
     except (KeyboardInterrupt, FloatingPointError, OSError) as stop:
         command = f"python train.py --resume --output_dir {run.config.output_dir}"
-        sys.exit(f"stopped: {stop or 'by hand'}\nto go on: {command}")
+        sys.exit(f"stopped: {str(stop) or 'by hand'}\nto go on: {command}")
 
 
 if __name__ == "__main__":

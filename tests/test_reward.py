@@ -22,10 +22,10 @@ HOSTILE = [
 
 
 def test_hostile_output_scores_zero_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in HOSTILE:
         assert answer_reward(Problem("?", "72"), text) == 0
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ HOSTILE = [
 
 
 def test_hostile_output_scores_zero_in_linear_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in HOSTILE:
         assert countdown.reward(Problem("2,5,7:19=", "19"), text) == 0
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_sums_are_right_and_kept_apart():

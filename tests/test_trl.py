@@ -69,7 +69,8 @@ def as_rollout(batch, tokenizer):
     truncated = torch.tensor([tokenizer.eos_token_id not in completion for _, completion in rows])
     texts = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
     rewards = torch.tensor([float(sum(map(ord, text)) % 2) for text in texts]).double() * ~truncated
-    return rollout.Rollout(sequences, completion_mask, lengths, truncated, texts), rewards
+    noted = torch.zeros(sequences.shape)  # which TRL's samples come without
+    return rollout.Rollout(sequences, completion_mask, noted, noted, lengths, truncated, texts), rewards
 
 
 def sample_advantages(rewards):

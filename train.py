@@ -384,7 +384,7 @@ def set_up(config: Config) -> Run:
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)
     output.mkdir(parents=True, exist_ok=True)
-    weight = None if config.scope_weight == config.scope_alpha else config.scope_weight  # goes with alpha
+    weight = config.scope_weight if config.scope_weight != config.scope_alpha else None  # alpha's
     write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
     return run
 

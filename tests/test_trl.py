@@ -361,6 +361,8 @@ def test_vllm_samples_at_T_and_its_correction_is_for_ordinary_rows(arguments):
     [
         (["--loss_type", "dapo"], "loss_type"),
         (["--beta", "0.1"], "beta"),
+        (["--temperature", "0.7"], "whole policy at temperature 1"),
+        (["--top_k", "5"], "whole policy at temperature 1"),
         (["--scope_alpha", "0"], "scope_weight"),
         (["--model", "/no/such/folder"], "folder"),
         (["--task", "/no/such.py"], "such.py"),

@@ -60,6 +60,9 @@ class ScopeTrainer(trl.GRPOTrainer):
             if name not in vars(self) and not hasattr(trl.GRPOTrainer, name):
                 raise ImportError(f"trl {trl.__version__} has no GRPOTrainer.{name}: install {VERSIONS}")
         train.check(self.loss_type == "grpo" and self.beta == 0, "SCOPE needs loss_type grpo, beta 0")
+        plain = {"temperature": 1, "top_k": 0, "top_p": 1, "importance_sampling_level": "token"}
+        other = [name for name, value in plain.items() if getattr(self.args, name) != value]
+        train.check(not other, f"SCOPE's ratio is of the whole policy at temperature 1: without {other}")
         train.check(config.scope_alpha > 0, "for GRPO alone set scope_weight to 0, not scope_alpha")
         self.config = config
 

@@ -356,16 +356,8 @@ def set_up(config: Config) -> Run:
     output = Path(config.output_dir)
     fresh = config.resume or not (output / "config.json").exists()
     check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
-    if config.task == "gsm8k":
-        task = reward.question_answer(config.train_file, config.test_file)
-    else:
-        try:
-            task = runpy.run_path(config.task)["task"](config)
-        except Exception as error:  # whatever a file that is no task may raise
-            needed = "gsm8k or a Python file with a function task"
-            raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
-    train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
-    questions = [problem.question for problem in train + test]
+    task = load_task(config)
+    questions = [problem.question for problem in task.train + task.test]
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
     torch.use_deterministic_algorithms(config.full_determinism)
@@ -380,13 +372,27 @@ def set_up(config: Config) -> Run:
     prompts = dict(zip(questions, prompts, strict=True))
     fused = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.0, fused=fused)
-    run = Run(config, task._replace(train=train, test=test), prompts, model, tokenizer, optimizer)
+    run = Run(config, task, prompts, model, tokenizer, optimizer)
     if config.resume and (output / "checkpoint.pt").exists():
         load_checkpoint(run)
     output.mkdir(parents=True, exist_ok=True)
     weight = config.scope_weight if config.scope_weight != config.scope_alpha else None  # alpha's
     write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
     return run
+
+
+def load_task(config: Config) -> reward.Task:
+    """The task, with as many problems as wanted. Raises ValueError if there is none."""
+    if config.task == "gsm8k":
+        task = reward.question_answer(config.train_file, config.test_file)
+    else:
+        try:
+            task = runpy.run_path(config.task)["task"](config)
+        except Exception as error:  # whatever a file that is no task may raise
+            needed = "gsm8k or a Python file with a function task"
+            raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
+    train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
+    return task._replace(train=train, test=test)
 
 
 # --- Files

@@ -21,7 +21,6 @@ rows of some prompts, the warm-up starts at 0, and bf16 holds for the output hea
 
 import copy
 import math
-import runpy
 import sys
 from dataclasses import fields, make_dataclass
 from types import SimpleNamespace
@@ -157,17 +156,13 @@ def set_up(argv: list[str] | None = None) -> ScopeTrainer:
     shared = {name: getattr(args, name) for name in ("seed", "generation_batch_size", "num_generations")}
     config = train.Config(**vars(options), **shared, num_mini_batches=1)
 
-    if config.task == "gsm8k":
-        task = reward.question_answer(config.train_file, config.test_file)
-    else:
-        task = runpy.run_path(config.task)["task"](config)
-    problems = task.train[: config.num_train_problems]
+    task = train.load_task(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    questions = [problem.question for problem in problems]
+    questions = [problem.question for problem in task.train]
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     if tokenizer("").input_ids == [tokenizer.bos_token_id]:  # TRL tokenizes, which adds it again
         prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
-    rows = [{"prompt": text, **problem._asdict()} for text, problem in zip(prompts, problems, strict=True)]
+    rows = [{"prompt": text, **problem._asdict()} for text, problem in zip(prompts, task.train, strict=True)]
 
     def is_right(completions, completion_ids, question, answer, **_) -> list[float]:
         """R of every completion; 0 for a truncated one."""

@@ -5,16 +5,18 @@ The task here is *question and answer*: JSONL with `question` and `answer`, the 
 is only ever matched against patterns of linear time, and read as numbers of bounded length.
 """
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from math import comb
+from math import comb, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 
 class Problem(NamedTuple):
@@ -32,7 +34,9 @@ class Task(NamedTuple):
 
 
 INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
-NUMBER = re.compile(r"(?:(?<![0-9])-)?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9])"  # 1,200 or 1200, or nothing before .5
+NUMBER = re.compile(rf"(?:(?<![0-9])-)?\$?(?:{WHOLE})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?")
+BOX = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # with braces in it, as of \frac{1}{2}
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_SHA256 = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -49,19 +53,19 @@ def number(text: str) -> Decimal | None:
 
 def final_answer(completion: str) -> str:
     r"""The line after the last `####`, else the last `\boxed{}`, else the last number."""
+    completion = completion.replace("\u2212", "-")  # the typographer's minus
     if "####" in completion:
         return completion.rpartition("####")[2].strip().partition("\n")[0].strip()
-    if "\\boxed{" in completion:
-        return completion.rpartition("\\boxed{")[2].partition("}")[0].strip()
-    return (NUMBER.findall(completion) or [""])[-1]
+    return (BOX.findall(completion) or NUMBER.findall(completion) or [""])[-1].strip()
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
-    """1 if final answers agree, as numbers ("#### $72." is 72) or but for case and full stop, else 0."""
+    """1 if final answers agree, else 0: as numbers, where there is one and no other behind the last
+    "=" ("#### 6 * 12 = $72." is 72; "42 or 43" is wrong), or as texts, but for case and full stop."""
     given, wanted = final_answer(completion), problem.answer
     if number(wanted) is not None:
-        first = NUMBER.search(given)
-        return float(first is not None and number(first.group()) == number(wanted))
+        found = NUMBER.findall(given.rpartition("=")[2])
+        return float(len(found) == 1 and number(found[0]) == number(wanted))
     return float(given.rstrip(".").casefold() == wanted.rstrip(".").casefold())
 
 
@@ -70,21 +74,23 @@ def load_problems(path: str | Path) -> list[Problem]:
     ValueError, naming file and line, if the file cannot be read or a line is not a problem."""
     problems = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
         raise ValueError(f"cannot read the data file {path}: {error}") from None
-    for line_number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(tqdm(lines, "read", leave=False), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             question, answer = record["question"], record["answer"]
+            f"{question}{answer}".encode()  # or a half of a surrogate pair, which no tokenizer takes
         except (ValueError, KeyError, TypeError, RecursionError):
             question = answer = None
-        final = str(answer).rpartition("####")[2].strip()
-        if not (isinstance(question, str) and question and isinstance(answer, str | int | float) and final):
+        final = str(answer).rpartition("####")[2].strip().partition("\n")[0].strip()
+        is_answer = isinstance(answer, str) or (isinstance(answer, int | float) and isfinite(answer))
+        if not (isinstance(question, str) and question.strip() and is_answer and final):
             wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
-            raise ValueError(f"{path}, line {line_number}: {wanted}, got {line[:60]!r}")
+            raise ValueError(f"{path}, line {line_number}: {wanted}, got {line.decode(errors='replace')[:60]!r}")
         problems.append(Problem(question, final))
     if not problems:
         raise ValueError(f"{path} holds no problems")
@@ -95,7 +101,7 @@ def download_gsm8k(split: str) -> Path:
     """GSM8K's "train" or "test" file, cached in $SCOPE_RL_CACHE; ValueError if it cannot be had."""
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
-    if not path.exists():
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             url = f"{GSM8K}{split}.jsonl"

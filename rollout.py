@@ -10,12 +10,14 @@ laid out so, and need no attention mask: a causal model's tokens never look at w
 """
 
 import inspect
+import re
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -46,12 +48,15 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # OSError, KeyError, SafetensorError: all the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load the model {name}: {reason}") from None
+        raise ValueError(f"cannot load the model {name}: {first_line(error)}") from None
     if info["missing_keys"]:
         raise ValueError(f"the model {name} lacks weights, for example {min(info['missing_keys'])}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end token")
+    if tokenizer("1", add_special_tokens=False) == tokenizer("2", add_special_tokens=False):
+        raise ValueError(f"the tokenizer of {name} makes the same of all text: are its files complete?")
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError(f"the model {name} has weights that are not finite")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
@@ -88,12 +93,24 @@ class Rollout:
 
 
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
-    """Questions in the model's chat template, with thinking off, or as plain text without one."""
+    """Questions in the model's chat template, with thinking off, or as plain text without one. A
+    special token in a question, which could end its turn, is spelt out. ValueError if the template fails."""
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     contents = [f"{question}\n\n{instruction}" for question in questions]
+    contents = [special.sub(lambda token: " ".join(token.group()), content) for content in contents]
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     chats = [[{"role": "user", "content": content}] for content in contents]
-    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    try:
+        return [tokenizer.apply_chat_template(chat, **options) for chat in tqdm(chats, "prompts", leave=False)]
+    except Exception as error:  # whatever a template may raise
+        raise ValueError(f"the model's chat template fails: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @torch.no_grad()

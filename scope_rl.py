@@ -22,7 +22,7 @@ and J is a sum over its rows, so any split into micro-batches adds up to the sam
     J = sum_i w_i / |o_i| sum_t [ min(r_t A_i, clip(r_t) A_i) + c_i H_t ]
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ from entropy import masked_mean
 ADVANTAGE_EPSILON = 1e-4  # "small" above
 
 
-@dataclass
-class Objective:
+class Objective(NamedTuple):
     """The table above: three columns `[B]`, a row a sample."""
 
     advantages: Tensor  # A_i
@@ -42,7 +41,7 @@ class Objective:
 
     def rows(self, index: Tensor) -> "Objective":
         """The table of some of the samples."""
-        return Objective(self.advantages[index], self.weights[index], self.entropy_coefs[index])
+        return Objective(*(column[index] for column in self))
 
     def has_gradient(self) -> Tensor:
         """`[B]` bool, false for samples that J does not depend on: no advantage and no bonus."""

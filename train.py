@@ -14,13 +14,20 @@ Each step seeds its own generators from (seed, step): a resumed run goes on as i
 import json
 import math
 import os
+import re
 import runpy
+import shlex
+import signal
 import sys
 import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import filelock
 import numpy as np
 import torch
 import transformers
@@ -41,7 +48,7 @@ def option(default, help: str):
 
 @dataclass
 class Config:
-    """Everything a run depends on. Defaults are the published constants; presets adapt them."""
+    """Everything a run depends on. Defaults are the published constants, for Qwen3-0.6B on one GPU."""
 
     # The run
     preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by the device")
@@ -50,10 +57,12 @@ class Config:
     seed: int = option(0, "of everything random in training; evaluation is always drawn alike")
     max_steps: int = option(500, "steps; each samples once")
     save_steps: int = option(50, "steps between checkpoints; the last is kept")
+    eval_steps: int = option(0, "steps between evaluations on the way, 0 for none")
     logging_steps: int = option(25, "steps between completions shown on screen, 0 for none")
+    report_to: Literal["none", "tensorboard"] = option("none", "where metrics go as well")
 
     # Model and task
-    model: str | None = option(None, "causal LM, a folder or a name on the hub; default: preset's")
+    model: str = option("Qwen/Qwen3-0.6B", "causal LM, a folder or a name on the hub")
     task: str = option("gsm8k", "gsm8k, or your files like it, or a .py file with a function task")
     train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
     test_file: str | None = option(None, "the same, to evaluate on; default: train_file's last 10%")
@@ -87,53 +96,41 @@ class Config:
 
     # The machine: none of these changes what is computed, but for rounding
     full_determinism: bool = option(False, "repeat runs on a GPU to the last bit; slower")
-    bf16: bool = option(False, "the model's body in bfloat16; weights and logits stay float32")
-    gradient_checkpointing: bool = option(False, "less memory, more time in the backward pass")
+    bf16: bool = option(True, "the model's body in bfloat16; weights and logits stay float32")
+    gradient_checkpointing: bool = option(True, "less memory, more time in the backward pass")
     per_device_train_batch_size: int = option(8, "completions in a forward pass of an update")
     per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
 
     def __post_init__(self) -> None:
-        """Fill in what follows from other options. Raises ValueError for what cannot work."""
+        """Fill in what follows from other options. Raises ValueError, which names all that cannot work."""
         self.scope_weight = self.scope_alpha if self.scope_weight is None else self.scope_weight
+        problems = []
         for name, value in vars(self).items():
-            if isinstance(value, int | float):
-                check(0 <= value < math.inf, f"{name} is {value}, must be a number, not negative")
-                check(value > 0 or name not in ABOVE_ZERO, f"{name} must be above 0")
-        prompts, rest = divmod(self.generation_batch_size, self.num_generations)
-        check(rest == 0, "generation_batch_size must be a multiple of num_generations")
-        check(self.num_mini_batches <= prompts, "num_mini_batches is more than a step's prompts")
-        check(not self.train_file or self.task == "gsm8k", "train_file needs --task gsm8k")
-        in_order = self.scope_temperature_min <= self.scope_temperature_max
-        check(in_order, "scope_temperature_min exceeds scope_temperature_max")
+            if isinstance(value, int | float) and not AT_LEAST.get(name, 0) <= value <= 1e9:
+                problems.append(f"{name} is {value}, must be a number from {AT_LEAST.get(name, 0)} to 1e9")
+        T_min, T_max = self.scope_temperature_min, self.scope_temperature_max
+        prompts, rest = divmod(self.generation_batch_size, max(1, self.num_generations))
+        impossible = {
+            "generation_batch_size must be a multiple of num_generations": rest > 0,
+            "epsilon must be below 1": self.epsilon >= 1,
+            "num_mini_batches is more than a step's prompts": self.num_mini_batches > prompts,
+            "scope_temperature_min exceeds scope_temperature_max": T_min > T_max,
+            "train_file and test_file need --task gsm8k": self.task != "gsm8k" and (self.train_file or self.test_file),
+            "model, task and output_dir must not be empty": "" in (self.model, self.task, self.output_dir),
+        }
+        problems += [problem for problem, is_so in impossible.items() if is_so]
+        check(not problems, "; ".join(problems))
 
 
-ABOVE_ZERO = {
-    "max_steps", "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size",
-    "num_generations", "max_completion_length", "num_mini_batches", "max_grad_norm", "scope_temperature_min",
-    "per_device_train_batch_size", "per_device_eval_batch_size",
-}  # fmt: skip
+STATE = "step", "entropy", "integral", "evaluations"  # of a Run, in checkpoints
+AT_LEAST = dict.fromkeys(
+    ["max_steps", "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size",
+     "max_completion_length", "num_mini_batches", "per_device_train_batch_size", "per_device_eval_batch_size"], 1,
+) | {"num_generations": 2, "max_grad_norm": 1e-6, "scope_temperature_min": 0.01}  # fmt: skip
+KEPT = ("preset", "model", "task", "train_file", "instruction", "algorithm", "seed")  # on --resume
 TINY = Path(__file__).parent / "theory" / "tiny"
-PRESETS = {
-    # One GPU. The method's constants are the published ones.
-    "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "bf16": True, "gradient_checkpointing": True},
-    # Any small LM on a CPU: a look at the real thing, too short to learn much.
-    "laptop": {
-        "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "max_steps": 20, "logging_steps": 1,
-        "save_steps": 5, "generation_batch_size": 16, "num_generations": 4, "learning_rate": 5e-6,
-        "max_completion_length": 128, "num_eval_problems": 4, "num_eval_generations": 4,
-        "per_device_train_batch_size": 4,
-    },
-    # 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are
-    # too weak at this scale (alpha = 1/64 is 8 samples a step; T sticks at 1.2 as H drifts down).
-    "tiny": {
-        "model": str(TINY / "start-0"), "task": str(TINY / "countdown.py"), "max_steps": 350,
-        "generation_batch_size": 512, "num_generations": 8, "max_completion_length": 12,
-        "learning_rate": 3e-4, "num_eval_generations": 64, "per_device_train_batch_size": 1024,
-        "per_device_eval_batch_size": 4096, "scope_target_entropy": 0.4, "scope_alpha": 0.25,
-        "scope_weight": 1.0, "scope_temperature_min": 0.5, "scope_temperature_max": 1.5,
-        "scope_gain": 2.0, "scope_integral_gain": 0.05,
-    },
-}  # fmt: skip
+# Files with a dictionary PRESET of options; none for the defaults.
+PRESETS = {"qwen3-0.6b": None, "laptop": TINY.parent / "lab" / "arithmetic.py", "tiny": TINY / "countdown.py"}
 
 
 def check(condition: bool, message: str) -> None:
@@ -143,24 +140,32 @@ def check(condition: bool, message: str) -> None:
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line over the preset (--resume: over the run's config) over the defaults."""
+    """The command line over the preset (--resume: over the run's config) over the defaults. Raises
+    ValueError for what is none of the options, or does not go together."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = transformers.HfArgumentParser(Config, description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
         try:
-            defaults = dict(json.loads(path.read_text()))
-            unknown = defaults.keys() - vars(Config()).keys()
-            check(not unknown, f"options of another version, {sorted(unknown)}")
-        except (OSError, ValueError, TypeError) as error:
+            stored = json.loads(path.read_text()).items()
+            stored = vars(parser.parse_args([f"--{name}={value}" for name, value in stored if value is not None]))
+        except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"nothing to resume: --output_dir must name a run; {path}: {error}") from None
     else:
-        without_gpu = "laptop" if args.model else "tiny"
+        without_gpu = "laptop" if "--model" in argv else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
         folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")
-        defaults = PRESETS[preset] | {"preset": preset, "output_dir": folder}
-    parser.set_defaults(**defaults)
-    return Config(**vars(parser.parse_args(argv)))
+        stored = runpy.run_path(PRESETS[preset])["PRESET"] if PRESETS[preset] else {}
+        stored |= {"preset": preset, "output_dir": folder}
+    parser.set_defaults(**stored)
+    args = parser.parse_args(argv)
+    changed = [name for name in KEPT if args.resume and getattr(args, name) != stored[name]]
+    check(not changed, f"a resumed run keeps its {', '.join(changed)}: start another one for that")
+    ignored = [name for name in argv if name.startswith("--scope") and args.algorithm == "grpo"]
+    check(not ignored, f"{', '.join(ignored)} without effect on --algorithm grpo")
+    return Config(**vars(args))
 
 
 # --- The step
@@ -177,6 +182,15 @@ class Run:
     step: int = 0
     entropy: float | None = None  # H of the previous step, nats; None before the first
     integral: float = 0.0  # I of the temperature rule
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # what eval.json holds
+    stopped_by: str = ""  # a signal, after which the run ends with the step it is in
+    writer: Any = None  # TensorBoard's, if wanted
+
+    def stop(self, number: int, frame) -> None:
+        """What Ctrl-C and a scheduler's signal do: note it. The second time they interrupt."""
+        self.stopped_by = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler)
+        os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
 
 
 def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
@@ -197,6 +211,8 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
 
     # 4. The entropy of all ordinary tokens, which the next step's T will follow.
     run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H
+    if not math.isfinite(run.entropy):
+        raise FloatingPointError(f"the entropy of step {run.step + 1} is not finite: the weights must have diverged")
 
     # 5. Gradient steps.
     groups, weight = rewards[:N].view(-1, G), config.scope_weight
@@ -207,6 +223,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     metrics = {
         "step": run.step,
         "reward": groups.mean().item(),  # share of the ordinary completions that are right
+        "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # groups that teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
         "scope_positive_frac": rewards[N:].mean().item() if M else 0.0,  # the reinforced ones
@@ -313,37 +330,54 @@ def evaluate(run: Run) -> dict[str, float]:
     return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
 
 
+def evaluate_once(run: Run, name: str) -> None:
+    """Evaluate, unless the run that is resumed has done so; print it, and add it to eval.json."""
+    if name not in run.evaluations:
+        run.evaluations[name] = evaluate(run)
+        write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
+    tqdm.write(f"{name}: {summary(run.evaluations[name])}")
+
+
 def train(run: Run) -> None:
     """The whole run: evaluate, train, evaluate, save the model; a line of metrics every step."""
-    config, output = run.config, Path(run.config.output_dir)
+    config, output, idle = run.config, Path(run.config.output_dir), 0
     steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
     print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
     print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
-    evaluations = json.loads((output / "eval.json").read_text()) if run.step else {"before": evaluate(run)}
-    write_whole(output / "eval.json", evaluations)
-    print(f"before: {summary(evaluations['before'])}")
+    evaluate_once(run, "before")
 
-    with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
-        bar = tqdm(range(config.max_steps)[run.step :], initial=run.step, total=config.max_steps, desc="train")
-        for step in bar:
-            metrics, shown = train_step(run)
-            metrics_file.write(json.dumps(metrics) + "\n")
-            names = "reward", "entropy", "scope_temperature"
-            bar.set_postfix_str(summary({name: metrics[name] for name in names}))
-            if config.logging_steps and step % config.logging_steps == 0:
-                tqdm.write(f"step {run.step}")
-                for T, R, question, text in shown:
-                    tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
-            if run.step % config.save_steps == 0 or run.step == config.max_steps:
-                os.fsync(metrics_file.fileno())
-                save_checkpoint(run)
+    metrics_file = open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1)  # noqa: SIM115
+    bar = tqdm(range(config.max_steps)[run.step :], initial=run.step, total=config.max_steps, desc="train")
+    for step in bar:
+        if config.eval_steps and step % config.eval_steps == 0 < step:
+            evaluate_once(run, f"step {step}")
+        metrics, shown = train_step(run)
 
-    evaluations["after"] = evaluate(run)
-    write_whole(output / "eval.json", evaluations)
-    run.model.save_pretrained(output / "model")
-    run.tokenizer.save_pretrained(output / "model")
-    print(f"after: {summary(evaluations['after'])}")
+        # To the files, and to the screen.
+        metrics_file.write(json.dumps(metrics) + "\n")
+        for name, value in metrics.items() if run.writer else ():
+            run.writer.add_scalar(name, value, run.step)
+        bar.set_postfix_str(summary({name: metrics[name] for name in ("reward", "entropy", "scope_temperature")}))
+        if config.logging_steps and step % config.logging_steps == 0:
+            tqdm.write(f"step {run.step}")
+            for T, R, question, text in shown:
+                tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
+        idle = idle + 1 if metrics["grad_norm"] == 0 else 0
+        if idle == 10:
+            tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
+
+        if run.step % config.save_steps == 0 or run.step == config.max_steps or run.stopped_by:
+            os.fsync(metrics_file.fileno())
+            save_checkpoint(run)
+            if run.stopped_by:
+                raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
+
+    evaluate_once(run, "after")
+    with writing(output / "model"):
+        run.model.save_pretrained(output / "model")
+        run.tokenizer.save_pretrained(output / "model")
     print(f"config, metrics, evaluations and the model are in {output}")
+    print(f"to see its course: python theory/lab/plot.py {output}")
 
 
 def summary(values: dict[str, float]) -> str:
@@ -356,29 +390,49 @@ def set_up(config: Config) -> Run:
     output = Path(config.output_dir)
     fresh = config.resume or not (output / "config.json").exists()
     check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
+    check(not (output / "model").is_file(), f"{output / 'model'} is a file, where the model should go")
+    known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
+    check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
-    questions = [problem.question for problem in task.train + task.test]
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
     torch.use_deterministic_algorithms(config.full_determinism)
     model, tokenizer = rollout.load_policy(config.model, config.bf16, config.gradient_checkpointing)
-    prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
-    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False).input_ids]
-    check(min(lengths) > 0, f"the tokenizer of {config.model} makes nothing of a prompt: are its files complete?")
-    room, longest = getattr(model.config, "max_position_embeddings", None) or math.inf, max(lengths)
-    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions of the model"
-    check(longest + config.max_completion_length <= room, too_long)
-
-    prompts = dict(zip(questions, prompts, strict=True))
+    prompts = prepare_prompts(config, task, model, tokenizer)
     fused = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=0.0, fused=fused)
     run = Run(config, task, prompts, model, tokenizer, optimizer)
-    if config.resume and (output / "checkpoint.pt").exists():
-        load_checkpoint(run)
+
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        run.lock = filelock.FileLock(output / "lock")  # held for as long as the run lives
+        run.lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"another run is writing into {output}: choose another --output_dir") from None
+    if config.resume:
+        load_checkpoint(run)
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(output, purge_step=run.step + 1)
     weight = config.scope_weight if config.scope_weight != config.scope_alpha else None  # alpha's
     write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
     return run
+
+
+def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict[str, str]:
+    """Each question as the model is asked it. Raises ValueError for what it cannot be asked."""
+    questions = [problem.question for problem in task.train + task.test]
+    prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
+    ids = tokenizer(prompts, add_special_tokens=False).input_ids
+    V, largest = model.get_input_embeddings().num_embeddings, max(map(max, ids))
+    check(largest < V, f"token {largest} of the tokenizer is beyond the model's {V}: they do not belong together")
+    check(math.log(V) > config.scope_target_entropy, f"scope_target_entropy must be below {math.log(V):.2f} = log V")
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest, question = max(zip(map(len, ids), questions, strict=True))
+    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions of the model"
+    check(longest + config.max_completion_length <= room, f"{too_long}: {question!r:.60}")
+    return dict(zip(questions, prompts, strict=True))
 
 
 def load_task(config: Config) -> reward.Task:
@@ -396,41 +450,59 @@ def load_task(config: Config) -> reward.Task:
 
 
 # --- Files
-def write_whole(path: Path, content: dict) -> None:
-    """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file."""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make what a full or read-only disk raises in there, each library its own, an OSError."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"cannot write {path}: {rollout.first_line(error)}") from None
+
+
+def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file, which
+    goes to `previous` if that is given. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    if path.suffix == ".json":
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-    else:
-        torch.save(content, temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        if path.suffix == ".json":
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            torch.save(content, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
 
 
 def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
-    output = Path(run.config.output_dir)
-    state = {"step": run.step, "entropy": run.entropy, "integral": run.integral}
-    state["metrics_bytes"] = (output / "metrics.jsonl").stat().st_size
-    weights, moments = run.model.state_dict(), run.optimizer.state_dict()
-    write_whole(output / "checkpoint.pt", {"model": weights, "optimizer": moments, "state": state})
+    path = Path(run.config.output_dir) / "checkpoint.pt"
+    state = {name: getattr(run, name) for name in STATE}
+    state["metrics_bytes"] = path.with_name("metrics.jsonl").stat().st_size
+    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "state": state}
+    write_whole(path, content, path.with_name("checkpoint-previous.pt"))
 
 
 def load_checkpoint(run: Run) -> None:
-    """Restore what `save_checkpoint` wrote. Raises ValueError for a damaged or a foreign file."""
-    path = Path(run.config.output_dir) / "checkpoint.pt"
+    """Restore what `save_checkpoint` wrote last, if it did. Raises ValueError for a damaged or a foreign file."""
+    output = Path(run.config.output_dir)
+    paths = [output / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return
     try:
+        check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
-        state = content["state"]
-        run.step, run.entropy, run.integral = state["step"], state["entropy"], state["integral"]
-        metrics = path.with_name("metrics.jsonl")
+        state, metrics = content["state"], output / "metrics.jsonl"
         check(metrics.stat().st_size >= state["metrics_bytes"], f"{metrics} is shorter than it was")
+        check(state["step"] <= run.config.max_steps, f"max_steps is below the {state['step']} done")
+        vars(run).update({name: state[name] for name in STATE})
         os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
     except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = f"{rollout.first_line(error)} (the one before it is {paths[1].name})"
         raise ValueError(f"cannot resume from {path}: {reason}") from None
 
 
@@ -440,16 +512,22 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         run = set_up(parse_config())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {rollout.first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before it began")
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), run.stop)
+    resume = f"to go on: python train.py --resume --output_dir {shlex.quote(run.config.output_dir)}"
     try:
         train(run)
     except torch.OutOfMemoryError:
         smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
-    except (KeyboardInterrupt, FloatingPointError, OSError) as stop:
-        command = f"python train.py --resume --output_dir {run.config.output_dir}"
-        sys.exit(f"stopped: {str(stop) or 'by hand'}\nto go on: {command}")
+    except FloatingPointError as error:
+        sys.exit(f"stopped: {error}\n{resume} --learning_rate {run.config.learning_rate / 2:g}")
+    except (KeyboardInterrupt, OSError) as error:
+        sys.exit(f"stopped: {str(error) or 'at once, without the steps since the last checkpoint'}\n{resume}")
 
 
 if __name__ == "__main__":

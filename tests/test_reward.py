@@ -33,7 +33,7 @@ def test_hostile_output_scores_zero_in_linear_time():
     [
         ("so 48 + 24 = 72.\n#### 72", "72", 1), ("#### $72.00", "72", 1), ("#### 72 clips", "72", 1), ("#### 72", "7", 0),
         ("#### 1,200", "1200", 1), ("#### 1200", "1,200", 1), ("#### -5", "5", 0), ("#### -$5", "-5", 1), ("10-7=3", "3", 1),
-        ("#### 0.5", ".5", 0), ("#### 0.50", "0.5", 1), ("\\boxed{72}", "72", 1), ("\\boxed{1} or \\boxed{72}", "72", 1),
+        ("#### 0.5", ".5", 1), ("#### 0.50", "0.5", 1), ("\\boxed{72}", "72", 1), ("\\boxed{1} or \\boxed{72}", "72", 1),
         ("The answer is 72.", "72", 1), ("72 or 73", "72", 0), ("#### 71\n#### 72", "72", 1), ("#### 72\nis wrong: 71", "72", 1),
         ("#### 1 2 72", "72", 0), ("no number", "72", 0), ("####72", "72", 1), ("#### Paris.", "paris", 1), ("#### Rome", "Paris", 0),
         ("#### 1/2", "1/2", 1), ("#### 1/3", "1/2", 0), ("pages 3, 4", "34", 0), ("1,2345", "12345", 0),
@@ -112,7 +112,7 @@ def test_distinct_correct():
         ('{"question": "a", "answer": null}', "line 1: expected an object"),
         ('["a", "1"]', "line 1: expected an object"),
         ("[" * 10**5, "line 1: expected an object"),
-        (b"\xff\xfe\x00", "cannot read the data file"),
+        (b'{"question": "a", "answer": "1"}\n{"question": "\xff", "answer": "1"}', "line 2: expected an object"),
         (None, "cannot read the data file"),
     ],
 )

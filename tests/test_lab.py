@@ -281,8 +281,8 @@ def write_run(folder: Path, algorithm: str, rewards: list[float], evaluations: d
 def test_a_picture_shows_what_the_files_of_its_runs_hold(tmp_path):
     """Every point of every panel; H0 and T belong to SCOPE alone; a run that goes on has no end yet."""
     pytest.importorskip("matplotlib")
-    passed = {"steps": {"1": {"pass@1": 0.2}, "2": {"pass@1": 0.3}}, "after": {"pass@1": 0.4}}
-    passed = {"before": {"pass@1": 0.1, "pass@4": 0.9}, **passed}
+    passed = {"before": {"pass@1": 0.1, "pass@4": 0.9}, "step 1": {"pass@1": 0.2}, "step 2": {"pass@1": 0.3}}
+    passed["after"] = {"pass@1": 0.4}
     scope = write_run(tmp_path / "a", "scope", [0.1, 0.3, 0.2], passed)
     grpo = write_run(tmp_path / "b", "grpo", [0.5, 0.6], {"before": {"pass@1": 0.7}})
     unevaluated = write_run(tmp_path / "c", "grpo", [0.8], {"before": {}})
@@ -330,7 +330,7 @@ def test_what_is_no_run_or_cannot_be_drawn_ends_in_one_line(tmp_path, monkeypatc
     assert f"{missing} is not a run of train.py: FileNotFoundError" in plotted(monkeypatch, capsys, run, missing)
     for file, content in (
         ("config.json", "[]"), ("config.json", "{}"), ("metrics.jsonl", "1\n"), ("metrics.jsonl", "{}\n"), ("eval.json", "{"),
-        ("eval.json", "{}"), ("eval.json", '{"before": {"pass@4": 1}}'),
+        ("eval.json", "[]"), ("eval.json", '{"before": {"pass@4": 1}}'), ("eval.json", '{"step": {"pass@1": 1}}'),
     ):  # fmt: skip
         whole = (run / file).read_text()
         (run / file).write_text(content)

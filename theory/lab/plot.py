@@ -30,10 +30,10 @@ def read(folder: Path) -> tuple[Curves, float | None]:
         is_scope = config["algorithm"] == "scope"
         names = ("reward", "entropy", "scope_temperature") if is_scope else ("reward", "entropy")
         curves = {name: [(step["step"], step[name]) for step in steps] for name in names}
-        evaluated = [(0, evaluations["before"])]
-        evaluated += [(int(step), means) for step, means in evaluations.get("steps", {}).items()]
-        evaluated += [(steps[-1]["step"], evaluations["after"])] if "after" in evaluations else []
-        curves["pass@1"] = [(step, means["pass@1"]) for step, means in evaluated if means]
+        when = {"before": 0, "after": steps[-1]["step"] if steps else 0}  # else "step 50", for example
+        evaluated = [(name, means) for name, means in evaluations.items() if means]
+        points = [(when[name] if name in when else int(name.split()[1]), means["pass@1"]) for name, means in evaluated]
+        curves["pass@1"] = sorted(points)
         return curves, config["scope_target_entropy"] if is_scope else None
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{folder} is not a run of train.py: {type(error).__name__}: {error}") from None

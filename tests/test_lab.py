@@ -259,6 +259,30 @@ def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():
             assert predicted.strip() == f"{values[:, 1].mean():+.4f}"
 
 
+def test_how_far_one_factor_goes_is_what_the_theory_page_says(capsys):
+    """The fit of `one_factor` against numpy's weighted least squares, and its numbers against theory/README.md."""
+    signs = [json.loads(line) for line in probes.SIGNS.read_text().splitlines()]
+    rows = [row for row in signs if row["policy"] == "warm-start"]
+    k, chi2, freedom = probes.one_factor(rows, "held_out")
+    groups = [[row for row in rows if (row["sign"], row["temperature"]) == key] for key in
+              sorted({(row["sign"], row["temperature"]) for row in rows})]  # fmt: skip
+    y = np.array([np.mean([row["held_out"] for row in group]) for group in groups])
+    x = np.array([np.mean([row["predicted"] for row in group]) for group in groups])
+    w = np.array([8**0.5 / np.std([row["held_out"] for row in group], ddof=1) for group in groups])
+    (slope,), (misses,), *_ = np.linalg.lstsq((x * w)[:, None], y * w, rcond=None)
+    assert (k, chi2, freedom) == (pytest.approx(slope), pytest.approx(misses), 9)
+    probes.print_factors(None, [])
+    printed = capsys.readouterr().out
+    page = " ".join((THEORY / "README.md").read_text().split())
+    assert "measured = 4.9 predicted, chi^2 51 on 9" in printed
+    assert "measured = 4.9 predicted" in page
+    assert "sum to 51 on 9" in page
+    assert "15.3 predicted, chi^2 29 on 7" in printed
+    assert "5.9 predicted, chi^2 48 on 9" in printed
+    assert "(15.3 and 5.9;" in page
+    assert "29 on 7 degrees of freedom and 48 on 9" in page
+
+
 # --- probes.py
 
 TASK = """import countdown

@@ -30,6 +30,17 @@ CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name befor
 LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with a message for the user unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
     """The model, on the GPU if there is one, and its tokenizer, such that `score` sees its policy.
 
@@ -49,14 +60,12 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # OSError, KeyError, SafetensorError: all the same to the user
         raise ValueError(f"cannot load the model {name}: {first_line(error)}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"the model {name} lacks weights, for example {min(info['missing_keys'])}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name} has no end token")
-    if tokenizer("1", add_special_tokens=False) == tokenizer("2", add_special_tokens=False):
-        raise ValueError(f"the tokenizer of {name} makes the same of all text: are its files complete?")
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ValueError(f"the model {name} has weights that are not finite")
+    check(not info["missing_keys"], f"{name} lacks weights: {sorted(info['missing_keys'])[:3]}")
+    is_finite = all(weight.isfinite().all() for weight in model.parameters())
+    check(is_finite, f"the model {name} has weights that are not finite")
+    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
+    one, two = tokenizer(["1", "2"], add_special_tokens=False).input_ids
+    check(one != two, f"the tokenizer of {name} takes all text for the same: are files missing?")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
@@ -74,8 +83,8 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         with torch.no_grad():
             logits = model.train(mode)(input_ids=ids, use_cache=False).logits  # [1, 4, V]
             wanted = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(logits.float(), wanted.float(), atol=1e-3):
-            raise ValueError(f"{name} changes its logits after the output head: choose another model")
+        is_plain = torch.allclose(logits.float(), wanted.float(), atol=1e-3)
+        check(is_plain, f"{name} changes its logits after the output head: choose another model")
     return model, tokenizer
 
 
@@ -93,8 +102,8 @@ class Rollout:
 
 
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
-    """Questions in the model's chat template, with thinking off, or as plain text without one. A
-    special token in a question, which could end its turn, is spelt out. ValueError if the template fails."""
+    """Questions in the model's chat template, with thinking off, or as plain text without one. What
+    is a special token there, and could end the turn, is spelt out. ValueError if the template fails."""
     special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
     contents = [f"{question}\n\n{instruction}" for question in questions]
     contents = [special.sub(lambda token: " ".join(token.group()), content) for content in contents]
@@ -103,14 +112,10 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     chats = [[{"role": "user", "content": content}] for content in contents]
     try:
-        return [tokenizer.apply_chat_template(chat, **options) for chat in tqdm(chats, "prompts", leave=False)]
+        chats = tqdm(chats, "prompts", leave=False)
+        return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
     except Exception as error:  # whatever a template may raise
         raise ValueError(f"the model's chat template fails: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @torch.no_grad()

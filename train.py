@@ -38,6 +38,7 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
+from rollout import check, first_line
 
 
 # --- Config
@@ -48,7 +49,7 @@ def option(default, help: str):
 
 @dataclass
 class Config:
-    """Everything a run depends on. Defaults are the published constants, for Qwen3-0.6B on one GPU."""
+    """Everything a run depends on. Defaults: the published constants, Qwen3-0.6B on one GPU."""
 
     # The run
     preset: Literal["qwen3-0.6b", "laptop", "tiny"] | None = option(None, "default: by the device")
@@ -102,21 +103,23 @@ class Config:
     per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
 
     def __post_init__(self) -> None:
-        """Fill in what follows from other options. Raises ValueError, which names all that cannot work."""
+        """Fill in what follows from other options. ValueError names all that cannot work."""
         self.scope_weight = self.scope_alpha if self.scope_weight is None else self.scope_weight
         problems = []
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not AT_LEAST.get(name, 0) <= value <= 1e9:
-                problems.append(f"{name} is {value}, must be a number from {AT_LEAST.get(name, 0)} to 1e9")
+            low = AT_LEAST.get(name, 0)
+            if isinstance(value, int | float) and not low <= value <= 1e9:
+                problems.append(f"{name} is {value}, must be a number from {low} to 1e9")
         T_min, T_max = self.scope_temperature_min, self.scope_temperature_max
+        has_file, texts = self.train_file or self.test_file, (self.model, self.task, self.output_dir)
         prompts, rest = divmod(self.generation_batch_size, max(1, self.num_generations))
         impossible = {
             "generation_batch_size must be a multiple of num_generations": rest > 0,
             "epsilon must be below 1": self.epsilon >= 1,
             "num_mini_batches is more than a step's prompts": self.num_mini_batches > prompts,
             "scope_temperature_min exceeds scope_temperature_max": T_min > T_max,
-            "train_file and test_file need --task gsm8k": self.task != "gsm8k" and (self.train_file or self.test_file),
-            "model, task and output_dir must not be empty": "" in (self.model, self.task, self.output_dir),
+            "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
+            "model, task and output_dir must not be empty": "" in texts,
         }
         problems += [problem for problem, is_so in impossible.items() if is_so]
         check(not problems, "; ".join(problems))
@@ -124,35 +127,33 @@ class Config:
 
 STATE = "step", "entropy", "integral", "evaluations"  # of a Run, in checkpoints
 AT_LEAST = dict.fromkeys(
-    ["max_steps", "save_steps", "num_train_problems", "num_eval_generations", "generation_batch_size",
-     "max_completion_length", "num_mini_batches", "per_device_train_batch_size", "per_device_eval_batch_size"], 1,
+    ["max_steps", "save_steps", "num_train_problems", "num_eval_generations", "num_mini_batches",
+     "generation_batch_size", "max_completion_length", "per_device_train_batch_size",
+     "per_device_eval_batch_size"], 1,
 ) | {"num_generations": 2, "max_grad_norm": 1e-6, "scope_temperature_min": 0.01}  # fmt: skip
+SHOWN = "reward", "entropy", "scope_temperature"  # of the metrics, on screen
 KEPT = ("preset", "model", "task", "train_file", "instruction", "algorithm", "seed")  # on --resume
-TINY = Path(__file__).parent / "theory" / "tiny"
+TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
 # Files with a dictionary PRESET of options; none for the defaults.
-PRESETS = {"qwen3-0.6b": None, "laptop": TINY.parent / "lab" / "arithmetic.py", "tiny": TINY / "countdown.py"}
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with a message for the user unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
+PRESETS = {"qwen3-0.6b": None, "laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line over the preset (--resume: over the run's config) over the defaults. Raises
     ValueError for what is none of the options, or does not go together."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = transformers.HfArgumentParser(Config, description=__doc__.partition("\n")[0], allow_abbrev=False)
+    about = __doc__.partition("\n")[0]
+    parser = transformers.HfArgumentParser(Config, description=about, allow_abbrev=False)
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.output_dir or "") / "config.json"
         try:
-            stored = json.loads(path.read_text()).items()
-            stored = vars(parser.parse_args([f"--{name}={value}" for name, value in stored if value is not None]))
+            options = json.loads(path.read_text()).items()
+            options = [f"--{name}={value}" for name, value in options if value is not None]
+            stored = vars(parser.parse_args(options))
         except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"nothing to resume: --output_dir must name a run; {path}: {error}") from None
+            raise ValueError(f"nothing to resume: no run in --output_dir; {path}: {error}") from None
     else:
         without_gpu = "laptop" if "--model" in argv else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
@@ -190,7 +191,7 @@ class Run:
         """What Ctrl-C and a scheduler's signal do: note it. The second time they interrupt."""
         self.stopped_by = signal.Signals(number).name
         signal.signal(number, signal.default_int_handler)
-        os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
+        os.write(2, b"\nends after this step; at once, if asked again\n")
 
 
 def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
@@ -212,7 +213,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     # 4. The entropy of all ordinary tokens, which the next step's T will follow.
     run.entropy = masked_mean(samples.entropies[:N], samples.completion_mask[:N]).item()  # H
     if not math.isfinite(run.entropy):
-        raise FloatingPointError(f"the entropy of step {run.step + 1} is not finite: the weights must have diverged")
+        raise FloatingPointError(f"the entropy of step {run.step + 1} is not finite")
 
     # 5. Gradient steps.
     groups, weight = rewards[:N].view(-1, G), config.scope_weight
@@ -223,7 +224,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     metrics = {
         "step": run.step,
         "reward": groups.mean().item(),  # share of the ordinary completions that are right
-        "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # groups that teach nothing
+        "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
         "scope_positive_frac": rewards[N:].mean().item() if M else 0.0,  # the reinforced ones
@@ -303,7 +304,7 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_
 
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient of step {run.step + 1} is not finite; try a lower learning_rate")
+            raise FloatingPointError(f"the gradient of step {run.step + 1} is not finite")
         run.optimizer.step()
         run.optimizer.zero_grad()
         stats.append([loss.item(), norm.item(), (clipped / samples.completion_mask[rows].sum()).item()])
@@ -343,34 +344,35 @@ def train(run: Run) -> None:
     config, output, idle = run.config, Path(run.config.output_dir), 0
     steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
     print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
-    print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    size, count = run.model.num_parameters(), len(run.task.train)
+    print(f"{size:,} parameters on {run.model.device}, {count} problems")
     evaluate_once(run, "before")
 
-    metrics_file = open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1)  # noqa: SIM115
-    bar = tqdm(range(config.max_steps)[run.step :], initial=run.step, total=config.max_steps, desc="train")
-    for step in bar:
-        if config.eval_steps and step % config.eval_steps == 0 < step:
-            evaluate_once(run, f"step {step}")
-        metrics, shown = train_step(run)
+    with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
+        bar = tqdm(range(run.step, config.max_steps), "train", config.max_steps, initial=run.step)
+        for step in bar:
+            if config.eval_steps and step % config.eval_steps == 0 < step:
+                evaluate_once(run, f"step {step}")
+            metrics, shown = train_step(run)
 
-        # To the files, and to the screen.
-        metrics_file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items() if run.writer else ():
-            run.writer.add_scalar(name, value, run.step)
-        bar.set_postfix_str(summary({name: metrics[name] for name in ("reward", "entropy", "scope_temperature")}))
-        if config.logging_steps and step % config.logging_steps == 0:
-            tqdm.write(f"step {run.step}")
-            for T, R, question, text in shown:
-                tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
-        idle = idle + 1 if metrics["grad_norm"] == 0 else 0
-        if idle == 10:
-            tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
+            # To the files, and to the screen.
+            metrics_file.write(json.dumps(metrics) + "\n")
+            for name, value in metrics.items() if run.writer else ():
+                run.writer.add_scalar(name, value, run.step)
+            bar.set_postfix_str(summary({name: metrics[name] for name in SHOWN}))
+            if config.logging_steps and step % config.logging_steps == 0:
+                tqdm.write(f"step {run.step}")
+                for T, R, question, text in shown:
+                    tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
+            idle = idle + 1 if metrics["grad_norm"] == 0 else 0
+            if idle == 10:
+                tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
 
-        if run.step % config.save_steps == 0 or run.step == config.max_steps or run.stopped_by:
-            os.fsync(metrics_file.fileno())
-            save_checkpoint(run)
-            if run.stopped_by:
-                raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
+            if run.step % config.save_steps == 0 or run.step == config.max_steps or run.stopped_by:
+                os.fsync(metrics_file.fileno())
+                save_checkpoint(run)
+                if run.stopped_by:
+                    raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
 
     evaluate_once(run, "after")
     with writing(output / "model"):
@@ -390,7 +392,7 @@ def set_up(config: Config) -> Run:
     output = Path(config.output_dir)
     fresh = config.resume or not (output / "config.json").exists()
     check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
-    check(not (output / "model").is_file(), f"{output / 'model'} is a file, where the model should go")
+    check(not (output / "model").is_file(), f"in {output} is a file where the model should go")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
@@ -408,7 +410,7 @@ def set_up(config: Config) -> Run:
         run.lock = filelock.FileLock(output / "lock")  # held for as long as the run lives
         run.lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise ValueError(f"another run is writing into {output}: choose another --output_dir") from None
+        raise ValueError(f"another run writes into {output}: choose another --output_dir") from None
     if config.resume:
         load_checkpoint(run)
     if config.report_to == "tensorboard":
@@ -426,11 +428,12 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
     V, largest = model.get_input_embeddings().num_embeddings, max(map(max, ids))
-    check(largest < V, f"token {largest} of the tokenizer is beyond the model's {V}: they do not belong together")
-    check(math.log(V) > config.scope_target_entropy, f"scope_target_entropy must be below {math.log(V):.2f} = log V")
+    check(largest < V, f"the tokenizer has a token {largest}, but the model only {V}")
+    is_possible = config.scope_target_entropy < math.log(V)
+    check(is_possible, f"scope_target_entropy must be below {math.log(V):.2f}, the log of {V} tokens")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest, question = max(zip(map(len, ids), questions, strict=True))
-    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions of the model"
+    too_long = f"{longest} prompt tokens + max_completion_length exceed the model's {room} positions"
     check(longest + config.max_completion_length <= room, f"{too_long}: {question!r:.60}")
     return dict(zip(questions, prompts, strict=True))
 
@@ -456,7 +459,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"cannot write {path}: {rollout.first_line(error)}") from None
+        raise OSError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
@@ -480,12 +483,13 @@ def save_checkpoint(run: Run) -> None:
     path = Path(run.config.output_dir) / "checkpoint.pt"
     state = {name: getattr(run, name) for name in STATE}
     state["metrics_bytes"] = path.with_name("metrics.jsonl").stat().st_size
-    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "state": state}
+    weights, moments = run.model.state_dict(), run.optimizer.state_dict()
+    content = {"model": weights, "optimizer": moments, "state": state}
     write_whole(path, content, path.with_name("checkpoint-previous.pt"))
 
 
 def load_checkpoint(run: Run) -> None:
-    """Restore what `save_checkpoint` wrote last, if it did. Raises ValueError for a damaged or a foreign file."""
+    """Restore what `save_checkpoint` wrote, if it did. ValueError for a damaged or foreign file."""
     output = Path(run.config.output_dir)
     paths = [output / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
     path = next((path for path in paths if path.exists()), None)
@@ -502,7 +506,7 @@ def load_checkpoint(run: Run) -> None:
         vars(run).update({name: state[name] for name in STATE})
         os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
     except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
-        reason = f"{rollout.first_line(error)} (the one before it is {paths[1].name})"
+        reason = f"{first_line(error)} (the one before it is {paths[1].name})"
         raise ValueError(f"cannot resume from {path}: {reason}") from None
 
 
@@ -513,7 +517,7 @@ def main() -> None:
     try:
         run = set_up(parse_config())
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {rollout.first_line(error)}")
+        sys.exit(f"error: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit("stopped before it began")
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
@@ -527,7 +531,7 @@ def main() -> None:
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}\n{resume} --learning_rate {run.config.learning_rate / 2:g}")
     except (KeyboardInterrupt, OSError) as error:
-        sys.exit(f"stopped: {str(error) or 'at once, without the steps since the last checkpoint'}\n{resume}")
+        sys.exit(f"stopped: {str(error) or 'at once, without the last steps'}\n{resume}")
 
 
 if __name__ == "__main__":

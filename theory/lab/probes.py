@@ -1,6 +1,7 @@
 """Two looks at what moves the entropy of a transformer (theory/README.md, section 10).
 
     python theory/lab/probes.py asymmetry [--save POLICY] [train.py's options]
+    python theory/lab/probes.py one_factor      of the rows kept: is measured = k predicted?
     python theory/lab/probes.py closed_loop OUTPUT_DIR [--steps 60] [train.py's options]
 
 **asymmetry.** The theorem is about one softmax with free logits. Here a policy, a real network,
@@ -168,6 +169,29 @@ def asymmetry(args: argparse.Namespace, rest: list[str]) -> None:
         print(f"{sign:<9} {T}" + "".join(f"{mean:>+10.4f} ± {error:.4f}" for mean, error in pairs))
 
 
+def one_factor(rows: list[dict], column: str) -> tuple[float, float, int]:
+    """The factor k that fits measured = k predicted best over the cells of a policy, each a sign and
+    a temperature; chi^2, the squared misses over their squared standard errors; and its degrees of
+    freedom. Cells of fewer than eight draws, whose errors are hardly known, do not count."""
+    cells: dict[tuple, list] = {}
+    for row in rows:
+        cells.setdefault((row["sign"], row["temperature"]), []).append((row[column], row["predicted"]))
+    values = [np.array(cell) for cell in cells.values() if len(cell) >= 8]  # [draws, 2] each
+    measured, predicted = np.array([cell.mean(0) for cell in values]).T  # [cells] each
+    weight = 4 / np.array([two_errors(cell[:, 0]) for cell in values]) ** 2
+    k = (weight * measured * predicted).sum() / (weight * predicted**2).sum()
+    return k, (weight * (measured - k * predicted) ** 2).sum(), len(values) - 1
+
+
+def print_factors(args: argparse.Namespace, rest: list[str]) -> None:
+    """The fit of each policy of signs.jsonl, on the contexts that theory/README.md shows."""
+    rows = [json.loads(line) for line in SIGNS.read_text().splitlines()]
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        column = "held_out" if policy == "warm-start" else "training"
+        k, chi2, freedom = one_factor([row for row in rows if row["policy"] == policy], column)
+        print(f"{policy}: measured = {k:.1f} predicted, chi^2 {chi2:.0f} on {freedom} degrees of freedom")
+
+
 # --- closed_loop
 @torch.no_grad()
 def entropies(run: train.Run, samples: rollout.Rollout, old: Tensor | None) -> tuple[Tensor, np.ndarray]:
@@ -240,6 +264,7 @@ def main() -> None:
     signs.add_argument("--batch", type=int, default=SAMPLES, help="samples; half as many contexts")
     signs.add_argument("--norm", type=float, default=1e-2, help="length of the step in the weights")
     signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl")
+    commands.add_parser("one_factor").set_defaults(command=print_factors)
     loop = commands.add_parser("closed_loop", epilog="Other options are train.py's.")
     loop.set_defaults(command=closed_loop)
     loop.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")

@@ -144,7 +144,7 @@ def test_loss_and_gradient_are_ours(
 
 
 def test_auxiliary_completions_are_drawn_at_T_for_all_prompts(arguments, tokenizer):
-    cold = ["--scope_temperature_min", "1e-3", "--scope_temperature_max", "1e-3"]
+    cold = ["--scope_temperature_min", "0.01", "--scope_temperature_max", "0.01"]
     torch.manual_seed(0)
     trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4", *cold])
     trainer.model.train()

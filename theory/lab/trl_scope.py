@@ -152,7 +152,6 @@ def set_up(argv: list[str] | None = None) -> ScopeTrainer:
     parser.set_defaults(loss_type="grpo", lr_scheduler_type="constant_with_warmup", disable_dropout=True)
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())  # or the processes do not meet
     options, args = parser.parse_args_into_dataclasses(argv)
-    train.check(options.model is not None, "--model is needed: a folder, or a name on the hub")
     shared = {name: getattr(args, name) for name in ("seed", "generation_batch_size", "num_generations")}
     config = train.Config(**vars(options), **shared, num_mini_batches=1)
 

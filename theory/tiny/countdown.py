@@ -16,7 +16,7 @@ from reward import Problem, Task
 # 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are too
 # weak at this scale (alpha = 1/64 is 8 samples a step; T sticks at 1.2 as H drifts down).
 PRESET = {
-    "model": str(Path(__file__).parent / "start-0"), "task": __file__, "max_steps": 350,
+    "model": str(Path(__file__).parent / "start-0"), "task": str(__file__), "max_steps": 350,
     "generation_batch_size": 512, "num_generations": 8, "max_completion_length": 12,
     "learning_rate": 3e-4, "num_eval_generations": 64, "per_device_train_batch_size": 1024,
     "per_device_eval_batch_size": 4096, "bf16": False, "gradient_checkpointing": False,

@@ -128,3 +128,25 @@ def unchanged(tmp_path_factory):
     folder = copy_of_the_project(tmp_path_factory.mktemp("unchanged") / "copy", None)
     commands = re.findall(r"^python (train.py .*)$", PAGE.split("\n## ")[0], re.M)
     return [trained(folder, command, str(i)) for i, command in enumerate(commands)]
+
+
+MOVES = {
+    2: lambda own, scope, grpo: own["grad_norm"] < 0.7 * grpo["grad_norm"],
+    5: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.06,
+    6: lambda own, scope, grpo: (
+        own["entropy"] < scope["entropy"] - 0.02
+        and own["entropy"] == pytest.approx(0.4 - (own["scope_temperature"] - 1) / 2, abs=0.01)
+    ),
+    7: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.03 and own["scope_temperature"] > 1.4,
+    8: lambda own, scope, grpo: own["entropy"] == pytest.approx(scope["entropy"], abs=0.04),
+    9: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.04 and own["scope_temperature"] > 1.35,
+    10: lambda own, scope, grpo: own["entropy"] == pytest.approx(0.4, abs=0.03),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [n for n, commands in RUNS.items() if commands])
+def test_the_curve_moves_as_the_answer_says(number, unchanged, tmp_path):
+    """The run of the exercise against SCOPE's and GRPO's, with room for another machine's rounding."""
+    own = trained(copy_of_the_project(tmp_path / "copy", number), RUNS[number][0], "own")
+    assert MOVES[number](own, *unchanged), own

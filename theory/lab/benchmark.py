@@ -14,6 +14,7 @@ import argparse
 import resource
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,9 @@ def memory(config: train.Config, prompt_length: int) -> dict[str, float]:
     }
 
 
-def odd_length(problem, completion: str) -> float:
-    """A reward that half of all samples earn, whatever the model: every group has something to learn."""
-    return float(len(completion) % 2)
+def coin_toss(problem, completion: str) -> float:
+    """A reward that half of all texts earn, whatever the task: nearly every group has something to learn."""
+    return float(zlib.crc32(completion.encode()) % 2)
 
 
 def as_if_ended(*given) -> train.rollout.Rollout:
@@ -81,7 +82,7 @@ class Ours:
 
     def __init__(self, config: train.Config) -> None:
         self.run, self.steps = train.set_up(config), []
-        self.run.task = self.run.task._replace(reward=odd_length)
+        self.run.task = self.run.task._replace(reward=coin_toss)
         train.rollout.generate = as_if_ended
 
     def step(self) -> None:

@@ -49,14 +49,11 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # OSError, KeyError, SafetensorError: all the same to the user
         raise ValueError(f"cannot load the model {name}: {first_line(error)}") from None
-    if info["missing_keys"]:
-        raise ValueError(f"the model {name} lacks weights, for example {min(info['missing_keys'])}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name} has no end token")
-    if tokenizer("1", add_special_tokens=False) == tokenizer("2", add_special_tokens=False):
-        raise ValueError(f"the tokenizer of {name} makes the same of all text: are its files complete?")
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise ValueError(f"the model {name} has weights that are not finite")
+    missing = info["missing_keys"]
+    check(not missing, f"the model {name} lacks weights, for example {min(missing, default='')}")
+    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
+    is_finite = all(weight.isfinite().all() for weight in model.parameters())
+    check(is_finite, f"the model {name} has weights that are not finite")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
@@ -74,8 +71,8 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         with torch.no_grad():
             logits = model.train(mode)(input_ids=ids, use_cache=False).logits  # [1, 4, V]
             wanted = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-        if not torch.allclose(logits.float(), wanted.float(), atol=1e-3):
-            raise ValueError(f"{name} changes its logits after the output head: choose another model")
+        as_scored = torch.allclose(logits.float(), wanted.float(), atol=1e-3)
+        check(as_scored, f"{name} changes its logits after the output head: choose another model")
     return model, tokenizer
 
 
@@ -95,7 +92,8 @@ class Rollout:
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
     """Questions in the model's chat template, with thinking off, or as plain text without one. A
     special token in a question, which could end its turn, is spelt out. ValueError if the template fails."""
-    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)))
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(map(re.escape, tokens)))
     contents = [f"{question}\n\n{instruction}" for question in questions]
     contents = [special.sub(lambda token: " ".join(token.group()), content) for content in contents]
     if tokenizer.chat_template is None:
@@ -106,6 +104,12 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
         return [tokenizer.apply_chat_template(chat, **options) for chat in tqdm(chats, "prompts", leave=False)]
     except Exception as error:  # whatever a template may raise
         raise ValueError(f"the model's chat template fails: {first_line(error)}") from None
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with a message for the user unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def first_line(error: Exception) -> str:
@@ -235,7 +239,7 @@ class Sampler:
             u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
             tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         else:
-            tokens = torch.multinomial(p, 1)
+            tokens = torch.multinomial(p.nan_to_num(), 1)  # which on a GPU a NaN would leave unusable
         log_p = log_policy(logits)  # [b, V]
         self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)

@@ -1,0 +1,475 @@
+"""What a person meets when something goes wrong: bad command lines, edited run folders, odd data files and models,
+tricky and hostile answers, signals, full disks and sick policies. Nothing is lost, nothing fails silently, and every
+failure ends in one line."""
+
+import copy
+import gc
+import json
+import math
+import os
+import pty
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from decimal import Decimal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import reward
+import rollout
+import train
+from test_train import EASY, SMALL, metrics_of
+
+ROOT = Path(__file__).parents[1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_the_signal_handlers_restored():
+    threads, handlers = torch.get_num_threads(), [signal.getsignal(number) for number in SIGNALS]
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model, a task that a random model is rewarded for half of the time, and data, for all tests."""
+    folder = tmp_path_factory.mktemp("home")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "theory" / "tiny" / "start-0")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    (folder / "easy.py").write_text(EASY)
+    rows = [{"question": f"{i}+{i}=", "answer": 2 * i} for i in range(1, 21)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def arguments(home, tmp_path):
+    """Four steps on the small model, into the test's own folder."""
+    return [*SMALL, "--model", f"{home}/policy", "--task", f"{home}/easy.py", "--output_dir", f"{tmp_path}/run"]
+
+
+def go(arguments, monkeypatch):
+    """train.py's command line in this process. Returns what it says when it ends early, else None."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    try:
+        train.main()
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        gc.collect()  # the run, and with it the lock on its folder
+    return None
+
+
+def files_in(folder):
+    """All that is in a folder, but for the lock, which is empty."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def step_of(folder, name="checkpoint.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)["state"]["step"]
+
+
+# --- Command lines ----------------------------------------------------------------------------------------------------------
+
+
+def below(name, minimum, *values):
+    return [(f"--{name} {value}", rf"{name} is .*, must be a number from {minimum} to 1e9") for value in values]
+
+
+POSITIVE = (
+    "max_steps save_steps num_train_problems num_eval_generations generation_batch_size max_completion_length "
+    "num_mini_batches per_device_train_batch_size per_device_eval_batch_size"
+).split()
+FROM_ZERO = (
+    "eval_steps logging_steps num_eval_problems warmup_steps epsilon epsilon_high entropy_coef learning_rate "
+    "scope_target_entropy scope_alpha scope_weight scope_gain scope_integral_gain scope_integral_band seed"
+).split()
+COMMAND_LINES = [
+    *[case for name in POSITIVE for case in below(name, 1, "0", "-3")],
+    *[case for name in FROM_ZERO for case in below(name, 0, "-1")],
+    *below("seed", 0, "9000000000001", "-5"),
+    *below("max_steps", 1, "10000000000"),
+    *below("num_generations", 2, "1 --generation_batch_size 8", "0", "-8"),
+    *below("learning_rate", 0, "nan", "inf", "1e10"),
+    *below("scope_gain", 0, "nan", "inf"),
+    *below("scope_target_entropy", 0, "nan"),
+    *below("scope_temperature_min", 0.01, "1e-40", "0", "-1", "nan"),
+    *below("scope_temperature_max", 0, "inf", "nan"),
+    *below("max_grad_norm", 1e-06, "0", "1e-40"),
+    ("--scope_temperature_max 1e-40", "scope_temperature_min exceeds scope_temperature_max"),
+    ("--scope_temperature_min 2 --scope_temperature_max 1", "scope_temperature_min exceeds scope_temperature_max"),
+    ("--epsilon 1", "epsilon must be below 1"),
+    ("--epsilon 1.5", "epsilon must be below 1"),
+    ("--num_generations 5", "generation_batch_size must be a multiple of num_generations"),
+    ("--generation_batch_size 4 --num_generations 8", "generation_batch_size must be a multiple"),
+    ("--num_mini_batches 65", "num_mini_batches is more than a step's prompts"),
+    ("--model ''", "model is empty"),
+    ("--task ''", "task is empty"),
+    ("--output_dir ''", "output_dir is empty"),
+    ("--train_file '' --task gsm8k", "train_file is empty"),
+    ("--test_file '' --task gsm8k", "test_file is empty"),
+    ("--instruction ''", "instruction is empty"),
+    ("--train_file x.jsonl", "train_file and test_file need --task gsm8k"),
+    ("--test_file x.jsonl", "train_file and test_file need --task gsm8k"),
+    ("--algorithm grpo --scope_weight 1", "--scope_weight without effect on --algorithm grpo"),
+    ("--algorithm grpo --scope_gain=1 --scope_alpha 0", "--scope_gain=1, --scope_alpha without effect"),
+    ("--algorithm ppo", "invalid choice: 'ppo'"),
+    ("--algorithm SCOPE", "invalid choice: 'SCOPE'"),
+    ("--preset huge", "invalid choice: 'huge'"),
+    ("--report_to wandb", "invalid choice: 'wandb'"),
+    ("--max_steps ten", "argument --max_steps: invalid int value: 'ten'"),
+    ("--max_steps 4.0", "invalid int value: '4.0'"),
+    ("--max_steps 1e3", "invalid int value: '1e3'"),
+    ("--max_steps ''", "invalid int value: ''"),
+    ("--learning_rate 1e-6x", "invalid float value: '1e-6x'"),
+    ("--learning_rate 1,5", "invalid float value: '1,5'"),
+    ("--bf16 maybe", "argument --bf16"),
+    ("--seed " + "9" * 5000, "invalid int value"),
+    ("--max_steps", "argument --max_steps: expected one argument"),
+    ("--model", "argument --model: expected one argument"),
+    ("--max_step 5", "unrecognized arguments: --max_step 5"),
+    ("--learning-rate 1", "unrecognized arguments: --learning-rate 1"),
+    ("--lr 1", "unrecognized arguments: --lr 1"),
+    ("--scope_share 0.1", "unrecognized arguments: --scope_share 0.1"),
+    ("5", "unrecognized arguments: 5"),
+    ("train", "unrecognized arguments: train"),
+    ("$'two\\nlines'", "unrecognized arguments"),
+    ("--resume", "nothing to resume: --output_dir must name a run"),
+    ("--resume --output_dir ''", "nothing to resume: --output_dir must name a run"),
+    ("--resume --output_dir nowhere", "nothing to resume.*nowhere"),
+    ("--resume --output_dir /dev/null", "nothing to resume.*/dev/null"),
+    ("--resume yes --output_dir nowhere", "nothing to resume.*nowhere"),
+    ("--model no/such/folder", "there is no folder no/such/folder, and no model of such a name"),
+    ("--model ./policy --task gsm8k", "there is no folder ./policy, and no model of such a name"),
+    ("--model /etc/hostname --task gsm8k", "there is no folder /etc/hostname"),
+    ("--model 'two words'", "there is no folder two words"),
+    ("--task nothing.py", "--task must be gsm8k or a Python file with a function task, not nothing.py"),
+    ("--task GSM8K", "--task must be gsm8k or a Python file with a function task, not GSM8K"),
+    ("--task /", "--task must be gsm8k or a Python file"),
+    ("--task gsm8k --train_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
+    ("--task gsm8k --train_file /", "cannot read the data file /"),
+    ("--task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
+    ("--output_dir {home}/data.jsonl", "data.jsonl is a file, where a folder should go"),
+    ("--output_dir " + "x" * 300, "error: .*x{300}|File name too long"),
+    ("--report_to tensorboard", "No module named 'tensorboard'"),
+    ("--max_steps 0 --epsilon 2 --seed -1 --model ''", "max_steps is 0.*seed is -1|seed is -1.*max_steps is 0.*epsilon must be.*model is empty"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def nothing_begins(monkeypatch, tmp_path):
+    """An empty folder to be in, without a GPU, where neither a model may be loaded nor anything downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for module in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(rollout, "load_policy", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(reward, "download_gsm8k", lambda *_: pytest.fail("GSM8K is downloaded"))
+
+
+@pytest.mark.parametrize(("line", "message"), COMMAND_LINES, ids=[line[:40] for line, _ in COMMAND_LINES])
+def test_bad_command_lines_end_in_a_line_before_anything_begins(line, message, home, tmp_path, monkeypatch, nothing_begins):
+    assert len(COMMAND_LINES) >= 80
+    said = go(shlex.split(line.replace("{home}", str(home)).replace("$'two\\nlines'", "'two\nlines'")), monkeypatch)
+    assert re.match("error: ", said)
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert files_in(tmp_path) == {}
+
+
+GOOD_LINES = [
+    "", "--preset laptop --model m", "--preset qwen3-0.6b", "--algorithm grpo", "--seed 1000000000", "--max_steps 1", "--epsilon 0.999",
+    "--epsilon_high 3", "--epsilon 0", "--num_generations 2 --generation_batch_size 4", "--scope_alpha 0", "--scope_weight 0",
+    "--scope_temperature_min 1 --scope_temperature_max 1", "--scope_temperature_min 0.01", "--learning_rate 0", "--bf16", "--bf16 false",
+    "--no_bf16", "--resume false", "--num_eval_problems 0", "--logging_steps 0", "--eval_steps 5", "--model org/name-1.5B", "--model gpt2",
+    "--num_mini_batches 64", "--instruction 'Be brief.'", "--model=m", "--warmup_steps 0", "--max_grad_norm 1e9", "--algorithm=grpo",
+]  # fmt: skip
+
+
+def test_what_can_work_is_not_refused(monkeypatch, nothing_begins):
+    for line in GOOD_LINES:
+        train.parse_config(shlex.split(line))
+
+
+def test_a_named_model_is_no_model_for_the_preset_tiny_however_it_is_written(nothing_begins):
+    for line, preset in (("--model m", "laptop"), ("--model=m", "laptop"), ("--max_steps=2", "tiny")):
+        assert train.parse_config(shlex.split(line)).preset == preset
+
+
+def test_all_problems_are_in_one_message(monkeypatch, nothing_begins):
+    said = go(shlex.split("--max_steps 0 --epsilon 2 --seed -1 --model '' --num_generations 1 --task ''"), monkeypatch)
+    for part in ("max_steps is 0", "epsilon must be", "seed is -1", "model is empty", "num_generations is 1", "task is empty"):
+        assert part in said
+
+
+# --- Folders of a run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory):
+    """Two runs that did not stop, of four and of six steps: what there is to resume, and what it must become."""
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)
+        folder = tmp_path_factory.mktemp("finished")
+        for steps in (4, 6):
+            line = [*SMALL, "--model", f"{home}/policy", "--task", f"{home}/easy.py", "--output_dir", folder / str(steps)]
+            assert go([*line, "--max_steps", steps], patch) is None
+    return folder
+
+
+def config_with(**changes):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def config_of(content):
+    return lambda folder: (folder / "config.json").write_bytes(content)
+
+
+def bytes_of(name, change):
+    def edit(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return edit
+
+
+def without(*names):
+    return lambda folder: [shutil.rmtree(folder / n) if (folder / n).is_dir() else (folder / n).unlink() for n in names]
+
+
+def folder_for(name):
+    def edit(folder):
+        without(name)(folder)
+        (folder / name).mkdir()
+        (folder / name / "of mine").write_text("keep me")
+
+    return edit
+
+
+def flip(position):
+    def change(content):
+        at = int(position * len(content))
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+    return change
+
+
+def saved(content):
+    return lambda folder: torch.save(content, folder / "checkpoint.pt")
+
+
+def with_state(**changes):
+    def edit(folder):
+        content = torch.load(folder / "checkpoint.pt", weights_only=True)
+        content["state"].update(changes)
+        torch.save(content, folder / "checkpoint.pt")
+
+    return edit
+
+
+def nothing(folder):
+    pass
+
+
+PREVIOUS = r"cannot resume from .*checkpoint.pt: .* \(the one before it is checkpoint-previous.pt\)"
+ELSE = "nothing to resume: --output_dir must name a run.*"
+FOLDERS = [  # an edit of a finished run, more of the command line, and the error, or None if it goes on rightly
+    (nothing, "", None),
+    # config.json: other types, choices and keys
+    (config_with(max_steps="four"), "", ELSE + "invalid int value: 'four'"),
+    (config_with(max_steps=4.5), "", ELSE + "invalid int value: '4.5'"),
+    (config_with(max_steps=True), "", ELSE + "invalid int value: 'True'"),
+    (config_with(max_steps=[4]), "", ELSE + "invalid int value"),
+    (config_with(max_steps={"a": 4}), "", ELSE + "invalid int value"),
+    (config_with(max_steps="4"), "", ELSE + "something else for max_steps"),
+    (config_with(max_steps=None), "", ELSE + "something else for max_steps"),
+    (config_with(max_steps=10**30), "", None),  # the command line's counts
+    (config_with(save_steps=0), "", "save_steps is 0"),
+    (config_with(save_steps=-1, epsilon=2), "", "save_steps is -1.*epsilon must be below 1"),
+    (config_with(learning_rate="fast"), "", ELSE + "invalid float value"),
+    (config_with(learning_rate=None), "", ELSE + "something else for learning_rate"),
+    (config_with(learning_rate=math.nan), "", ELSE + "something else for learning_rate"),
+    (config_with(learning_rate=math.inf), "", "learning_rate is inf"),
+    (config_with(learning_rate=[1e-3]), "", ELSE + "invalid float value"),
+    (config_with(bf16="perhaps"), "", ELSE + "--bf16"),
+    (config_with(bf16=None), "", ELSE + "something else for bf16"),
+    (config_with(bf16=[True]), "", ELSE + "--bf16"),
+    (config_with(instruction=["Be", "brief"]), "", ELSE + "something else for instruction"),
+    (config_with(instruction=3), "", ELSE + "something else for instruction"),
+    (config_with(instruction=""), "", "instruction is empty"),
+    (config_with(model=None), "", ELSE + "something else for model"),
+    (config_with(model=["m"]), "", ELSE + "something else for model"),
+    (config_with(model=""), "", "model is empty"),
+    (config_with(model="/no/such/folder"), "", "there is no folder /no/such/folder"),
+    (config_with(model="a\x00b/c"), "", "error: "),
+    (config_with(task=None), "", ELSE + "something else for task"),
+    (config_with(task="/no/task.py"), "", "--task must be gsm8k or a Python file"),
+    (config_with(task=7), "", ELSE + "something else for task"),
+    (config_with(algorithm="ppo"), "", ELSE + "invalid choice: 'ppo'"),
+    (config_with(algorithm=None), "", ELSE + "something else for algorithm"),
+    (config_with(algorithm=1), "", ELSE + "invalid choice: '1'"),
+    (config_with(preset="huge"), "", ELSE + "invalid choice: 'huge'"),
+    (config_with(report_to="wandb"), "", ELSE + "invalid choice: 'wandb'"),
+    (config_with(num_generations=1), "", "num_generations is 1"),
+    (config_with(num_generations=5), "", "multiple of num_generations"),
+    (config_with(scope_temperature_min=9), "", "exceeds scope_temperature_max"),
+    (config_with(seed=-1), "", "seed is -1"),
+    (config_with(seed=[]), "", ELSE + "invalid int value"),
+    (config_with(max_completion_length=60), "", "exceed the 64 positions of the model"),
+    (config_with(scope_target_entropy=9.0), "", "scope_target_entropy must be below .* = log V"),
+    (config_with(warmstart=3), "", ELSE + "unrecognized arguments: --warmstart=3"),
+    (config_with(lr=None), "", ELSE + "lr"),
+    (config_with(**{"model=x": 1}), "", ELSE),
+    (config_with(**{"no_bf16": ""}), "", ELSE),
+    (config_with(**{"help": "me"}), "", ELSE),
+    (config_with(**{"": 1}), "", ELSE),
+    # config.json: no JSON, or another one
+    (config_of(b""), "", ELSE), (config_of(b"{"), "", ELSE), (config_of(b"[1]"), "", ELSE), (config_of(b"null"), "", ELSE),
+    (config_of(b"3"), "", ELSE), (config_of(b'"text"'), "", ELSE), (config_of(b"\xff\xfe{}"), "", ELSE),
+    (config_of(b"[" * 10**5), "", ELSE), (config_of(b'{"seed": 1' * 10**4), "", ELSE), (config_of(b"\x00" * 100), "", ELSE),
+    (without("config.json"), "", ELSE),
+    (folder_for("config.json"), "", ELSE),
+    # a command line that does not fit the run
+    (nothing, "--model elsewhere", "keeps its model"),
+    (nothing, "--seed 1", "keeps its seed"),
+    (nothing, "--algorithm grpo", "keeps its algorithm"),
+    (nothing, "--task gsm8k", "keeps its task"),
+    (nothing, "--preset laptop --seed 2", "keeps its preset, seed"),
+    (nothing, "--instruction Hm", "keeps its instruction"),
+    (nothing, "--max_steps 3", "max_steps is below the 4 done"),
+    (config_with(algorithm="grpo"), "--scope_alpha 0.5", "without effect on --algorithm grpo"),
+    # the checkpoint
+    (bytes_of("checkpoint.pt", lambda content: content[:-1]), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", lambda content: content[: len(content) // 2]), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", lambda content: b""), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", lambda content: b"PK" + bytes(10**4)), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", lambda content: content[:5000] + content[6000:]), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", flip(0.3)), "", PREVIOUS),
+    (bytes_of("checkpoint.pt", flip(0.6)), "", PREVIOUS),
+    (saved({"weights": 3}), "", PREVIOUS),
+    (saved([1, 2]), "", PREVIOUS),
+    (saved(torch.nn.Linear(2, 2)), "", PREVIOUS),  # a pickle of a class, whose code must not run
+    (saved({"model": {}, "optimizer": {}, "state": {}}), "", PREVIOUS),
+    (with_state(step="four"), "", PREVIOUS),
+    (with_state(metrics_bytes=10**9), "", PREVIOUS + "|is shorter than it was"),
+    (without("checkpoint.pt"), "", None),  # from the one before it
+    (without("checkpoint.pt", "checkpoint-previous.pt"), "", "metrics.jsonl has 4 rows, but there is no checkpoint to go on from"),
+    (without("checkpoint.pt", "checkpoint-previous.pt", "metrics.jsonl"), "", None),  # from the start
+    (without("checkpoint-previous.pt"), "", None),
+    (folder_for("checkpoint.pt"), "", PREVIOUS),
+    # the other files
+    (bytes_of("metrics.jsonl", lambda content: content[:-100]), "", "is shorter than it was"),
+    (bytes_of("metrics.jsonl", lambda content: b""), "", "is shorter than it was"),
+    (bytes_of("metrics.jsonl", lambda content: content + b'{"step": 5}\n{"ste'), "", None),
+    (without("metrics.jsonl"), "", "cannot resume from .*metrics.jsonl"),
+    (folder_for("metrics.jsonl"), "", "cannot resume from .*(metrics.jsonl|directory)|is shorter than it was"),
+    (bytes_of("eval.json", lambda content: content[:10]), "", None),
+    (bytes_of("eval.json", lambda content: b"[]"), "", None),
+    (without("eval.json"), "", None),
+    (without("model"), "", None),
+    (bytes_of("model/config.json", lambda content: b"{"), "", None),
+    (lambda folder: (without("model")(folder), (folder / "model").write_text("of mine")), "", "model is a file, where a folder should go"),
+    (lambda folder: (folder / "checkpoint.pt.tmp").write_bytes(b"half"), "", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(FOLDERS)), ids=[f"{i} {line} {message or 'goes on'}"[:60] for i, (_, line, message) in enumerate(FOLDERS)])
+def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, finished, tmp_path, monkeypatch):
+    assert len(FOLDERS) >= 60
+    (edit, line, message), folder = FOLDERS[case], tmp_path / "run"
+    shutil.copytree(finished / "4", folder)
+    edit(folder)
+    before = files_in(folder)
+    steps = [] if "--max_steps" in line or (message and "max_steps" in message) else ["--max_steps", 6]
+    said = go(["--resume", "--output_dir", folder, *steps, *shlex.split(line)], monkeypatch)
+    if message:
+        assert re.match("error: ", said)
+        assert re.search(message, said), said
+        assert "\n" not in said
+        assert files_in(folder) == before
+    else:
+        assert said is None
+        assert metrics_of(folder) == metrics_of(finished / "6")
+        assert json.loads((folder / "eval.json").read_text()) == json.loads((finished / "6" / "eval.json").read_text())
+        files = [load_file(path / "model" / "model.safetensors") for path in (folder, finished / "6")]
+        assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
+        assert files[0].keys() == files[1].keys()
+
+
+@pytest.mark.parametrize("name", ["eval.json", "lock"])
+def test_a_folder_where_a_file_should_go_ends_in_a_line_and_stays(name, finished, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "4", folder)
+    folder_for(name)(folder)
+    said = go(["--resume", "--output_dir", folder, "--max_steps", 6], monkeypatch)
+    assert re.match("(stopped|error): .*directory", said.split("\n")[0])
+    assert (folder / name / "of mine").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"])
+def test_a_new_run_does_not_write_over_what_another_left(name, arguments, finished, tmp_path, monkeypatch, nothing_begins):
+    """One file of a run is enough, and a folder `model` may be the very model that is trained."""
+    (tmp_path / "run").mkdir()
+    source = finished / "4" / name
+    shutil.copytree(source, tmp_path / "run" / name) if source.is_dir() else shutil.copy(source, tmp_path / "run")
+    before = files_in(tmp_path)
+    assert re.search(rf"holds a run already \({name}\): add --resume, or choose another", go(arguments, monkeypatch))
+    assert files_in(tmp_path) == before
+
+
+def test_resume_without_a_folder_does_not_take_the_one_it_stands_in(finished, tmp_path, monkeypatch, nothing_begins):
+    """It would read that config, whose output_dir is meant from elsewhere, and begin anew there."""
+    shutil.copy(finished / "4" / "config.json", tmp_path)
+    assert re.match("error: nothing to resume: --output_dir must name a run", go(["--resume"], monkeypatch))
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(home, finished, tmp_path):
+    """Also in headers and padding: either the checkpoint is refused, or all that it holds is the same."""
+    shutil.copytree(finished / "4", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint.pt"
+    content, wanted = path.read_bytes(), torch.load(path, weights_only=True)
+    one, rng, refused = train.set_up(train.parse_config(["--resume", "--output_dir", str(tmp_path / "run")])), random.Random(0), 0
+    starts = [match.start() for match in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06", content)]
+    places = [rng.randrange(len(content)) for _ in range(40)] + [start + rng.randrange(40) for start in starts[::4]]
+    for at in places:
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
+        try:
+            train.load_checkpoint(one)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        assert one.step == wanted["state"]["step"]
+        assert one.entropy == wanted["state"]["entropy"]
+        assert all(torch.equal(value, wanted["model"][name]) for name, value in one.model.state_dict().items())
+        for state, right in zip(one.optimizer.state_dict()["state"].values(), wanted["optimizer"]["state"].values(), strict=True):
+            assert all(torch.equal(state[name], right[name]) for name in right)
+    assert refused >= 40

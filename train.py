@@ -427,7 +427,8 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
     same = len(set(map(tuple, ids))) == 1 < len(set(questions))
     check(not same, f"the tokenizer or chat template of {config.model} makes the same of all text: is it complete?")
-    V, largest = model.get_input_embeddings().num_embeddings, max(map(max, ids))
+    special = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
+    V, largest = model.get_input_embeddings().num_embeddings, max(map(max, [*ids, special]))
     check(largest < V, f"token {largest} of the tokenizer is beyond the model's {V}: they do not belong together")
     check(math.log(V) > config.scope_target_entropy, f"scope_target_entropy must be below {math.log(V):.2f} = log V")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf

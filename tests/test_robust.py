@@ -470,3 +470,311 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(home, fin
         for state, right in zip(one.optimizer.state_dict()["state"].values(), wanted["optimizer"]["state"].values(), strict=True):
             assert all(torch.equal(state[name], right[name]) for name in right)
     assert refused >= 40
+
+
+# --- Data files -------------------------------------------------------------------------------------------------------------
+
+RIGHT = b'{"question": "6*7?", "answer": "so\\n#### 42"}'
+DATA = [  # the bytes of a file, and its problems, or the error
+    (b"\xef\xbb\xbf" + RIGHT, [("6*7?", "42")]),  # a byte order mark
+    (RIGHT + b"\n\xef\xbb\xbf" + RIGHT, [("6*7?", "42")] * 2),  # two such files put together
+    (RIGHT + b"\r\n" + RIGHT + b"\r\n", [("6*7?", "42")] * 2),
+    (b"\n\n  \n" + RIGHT + b"\n\n", [("6*7?", "42")]),
+    (b'{"question": "a", "answer": "#### 42\\nThat was easy."}', [("a", "42")]),
+    (b'{"question": "a", "answer": "42\\nThat was easy."}', [("a", "42")]),
+    (b'{"question": "a", "answer": "#### 1\\n#### 42"}', [("a", "42")]),
+    (b'{"question": "a", "answer": " 42 "}', [("a", "42")]),
+    (b'{"question": "a", "answer": 42, "more": [1]}', [("a", "42")]),
+    (b'{"question": "a", "answer": -0.5}', [("a", "-0.5")]),
+    (b'{"question": "a", "answer": 1e21}', [("a", "1e+21")]),
+    (b'{"question": "a", "answer": 1' + b"0" * 400 + b"}", [("a", "1" + "0" * 400)]),  # no float is as large
+    (b'{"question": "\\ud83d\\ude00", "answer": "1"}', [("\U0001f600", "1")]),  # a surrogate pair
+    (b'{"question": "a\\u0000b", "answer": "1"}', [("a\x00b", "1")]),
+    ('{"question": "Wie viele Äpfel\u2028?", "answer": "1"}'.encode(), [("Wie viele Äpfel\u2028?", "1")]),
+    (RIGHT + b'\n{"question": "a", "answer": NaN}', "line 2: expected an object like"),
+    (RIGHT + b'\n{"question": "a", "answer": Infinity}', "line 2: expected"),
+    (RIGHT + b'\n{"question": "a", "answer": 1e400}', "line 2: expected"),
+    (RIGHT + b'\n\n{"question": "a", "answer": -1e400}', "line 3: expected"),
+    (b'{"question": "\\ud800", "answer": "1"}', "line 1: expected"),  # half of a pair
+    (b'{"question": "a", "answer": "\\udfff"}', "line 1: expected"),
+    (RIGHT + b"\n" + RIGHT + b'\n{"question": "caf\xe9", "answer": "1"}', "line 3: expected"),  # latin-1
+    (RIGHT + b"\n\xff\xfe\x00", "line 2: expected"),
+    ('{"question": "a", "answer": "1"}\n'.encode("utf-16") * 2, "line 2: expected"),
+    (b'{"question": "a", "answer": ["1"]}', "line 1: expected"),
+    (b'{"question": "a", "answer": {"a": 1}}', "line 1: expected"),
+    (b'{"question": ["a"], "answer": "1"}', "line 1: expected"),
+    (b'{"Question": "a", "Answer": "1"}', "line 1: expected"),
+    (b'{"question": " \\t", "answer": "1"}', "line 1: expected"),
+    (b'{"question": "a", "answer": ""}', "line 1: expected"),
+    (b'{"question": "a", "answer": "why ####"}', "line 1: expected"),
+    (b'{"question": "a", "answer": 1' + b"0" * 5000 + b"}", "line 1: expected"),  # more digits than Python reads
+    (RIGHT + RIGHT, "line 1: expected"),
+    (b"[" + RIGHT + b"]", "line 1: expected"),
+    (RIGHT + b",\n" + RIGHT, "line 1: expected"),
+    (b"question,answer\na,1\n", "line 1: expected"),
+    (b'"text"', "line 1: expected"),
+    (b"3", "line 1: expected"),
+    (b'{"a":' * 10**5, "line 1: expected"),
+    (b"\x00" * 1000, "line 1: expected"),
+    (b"\xef\xbb\xbf", "line 1: expected"),
+    (b"\n \n\t\n", "holds no problems"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), DATA, ids=range(len(DATA)))
+def test_data_files_are_read_rightly_or_refused_with_the_line(content, expected, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    if isinstance(expected, list):
+        assert reward.load_problems(path) == expected
+        assert all(reward.answer_reward(problem, f"so\n#### {problem.answer}") == 1 for problem in reward.load_problems(path))
+    else:
+        with pytest.raises(ValueError, match=expected) as error:
+            reward.load_problems(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 400 + len(str(path))
+        str(error.value).encode()
+
+
+def test_a_download_that_was_damaged_in_the_cache_is_downloaded_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path))
+    monkeypatch.setattr(reward, "GSM8K_SHA256", {"train": "0f8ee03c95e5c0a8a5a0f8bb9e7cb4d6a8c64e5b0b7c0d9d0e1cf5c7e8f2b6a1"})
+    asked = []
+
+    def broken(url, path, hash_prefix):
+        asked.append((url, hash_prefix))
+        raise error
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    (tmp_path / "gsm8k-train.jsonl").write_bytes(RIGHT[:20])
+    import http.client
+
+    for error in (ConnectionResetError("reset"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")):
+        with pytest.raises(ValueError, match=r"cannot download GSM8K \(.*give --train_file and --test_file"):
+            reward.download_gsm8k("train")
+    assert asked == [(reward.GSM8K + "train.jsonl", reward.GSM8K_SHA256["train"])] * 3
+
+
+def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
+    rows = [{"question": "1+2=", "answer": 3}, {"question": "9+" * 40 + "9=", "answer": 369}, {"question": "2+2=", "answer": 4}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = go([*arguments, "--task", "gsm8k", "--train_file", f"{tmp_path}/data.jsonl"], monkeypatch)
+    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed the 64 positions of the model: '9\+9\+", said)
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+TASKS = {
+    "raises": "def task(config): 1 / 0", "exits": "import sys\nsys.exit(0)", "exits when called": "def task(config): raise SystemExit",
+    "syntax": "def task(config:", "None": "def task(config): return None", "a tuple": "def task(config): return [], [], '', None",
+    "no problems": "from reward import Task\ndef task(config): return Task([], [], '', None)",
+    "texts": "from reward import Task\ndef task(config): return Task(['1+1'], [], '', None)",
+    "numbers": "from reward import Problem, Task\ndef task(config): return Task([Problem(3, '3')], [], '', None)",
+    "a generator": "from reward import Problem, Task\ndef task(config): return Task((Problem('1', '1') for _ in range(3)), [], '', None)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_file_whose_task_is_none_ends_in_a_line(name, arguments, tmp_path, monkeypatch, nothing_begins):
+    (tmp_path / "mine.py").write_text(TASKS[name])
+    said = go([*arguments, "--task", "mine.py"], monkeypatch)
+    assert re.match("error: --task must be gsm8k or a Python file with a function task, not mine.py: ", said)
+    assert "\n" not in said
+    assert not (tmp_path / "run").exists()
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------------
+
+
+def template(text):
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
+def weights_with(value):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def more_tokens(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"{digit}," for digit in range(1, 10)])
+    tokenizer.save_pretrained(folder)
+
+
+def setting(name, **changes):
+    def edit(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
+MODELS = {
+    "no tokenizer.json": (without("tokenizer.json"), "cannot load the model|makes the same of all text"),
+    "no tokenizer_config.json": (without("tokenizer_config.json"), "cannot load the model|is beyond the model's"),
+    "tokenizer.json cut off": (bytes_of("tokenizer.json", lambda c: c[:300]), "cannot load the model"),
+    "tokenizer.json empty": (bytes_of("tokenizer.json", lambda c: b""), "cannot load the model"),
+    "a tokenizer larger than the embedding": (more_tokens, r"token \d+ of the tokenizer is beyond the model's \d+"),
+    "no config.json": (without("config.json"), "cannot load the model"),
+    "config.json cut off": (bytes_of("config.json", lambda c: c[:100]), "cannot load the model"),
+    "config.json a list": (bytes_of("config.json", lambda c: b"[]"), "cannot load the model"),
+    "an unknown architecture": (setting("config.json", model_type="nothing"), "cannot load the model"),
+    "another size": (setting("config.json", hidden_size=48), "cannot load the model|lacks weights"),
+    "more layers": (setting("config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3), "lacks weights, for example model.layers.2"),
+    "no model.safetensors": (without("model.safetensors"), "cannot load the model"),
+    "model.safetensors empty": (bytes_of("model.safetensors", lambda c: b""), "cannot load the model"),
+    "model.safetensors cut off": (bytes_of("model.safetensors", lambda c: c[:-8]), "cannot load the model"),
+    "model.safetensors a page of HTML": (bytes_of("model.safetensors", lambda c: b"<html>" * 1000), "cannot load the model"),
+    "a pointer instead of weights": (bytes_of("model.safetensors", lambda c: b"version https://git-lfs.github.com/spec/v1\n"), "cannot load the model"),
+    "NaN weights": (weights_with(math.nan), "has weights that are not finite"),
+    "infinite weights": (weights_with(-math.inf), "has weights that are not finite"),
+    "a template that raises": (template("{{ raise_exception('not with me') }}"), "the model's chat template fails: not with me"),
+    "a template in two lines that raises": (template("{{ raise_exception('not\nwith me') }}"), "the model's chat template fails: not"),
+    "a template that wants a system role": (template(SYSTEM), "template fails: a system message must come first"),
+    "a template with a syntax error": (template("{% for message in messages %}{{ message"), "the model's chat template fails: "),
+    "a template that divides by zero": (template("{{ 1 / 0 }}"), "the model's chat template fails: division by zero"),
+    "a template of an unknown name": (template("{{ nothing.of.that }}"), "the model's chat template fails: 'nothing' is undefined"),
+    "a template that leaves the question out": (template("1+1="), "makes the same of all text"),
+    "a template that makes nothing": (template("{{ '' }}"), "makes the same of all text"),
+    "a template for other roles": (template("{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}"), "makes the same of all text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_work_end_in_a_line_and_the_retry_is_free(name, arguments, home, tmp_path, monkeypatch):
+    edit, message = MODELS[name]
+    shutil.copytree(home / "policy", tmp_path / "broken")
+    edit(tmp_path / "broken")
+    before = files_in(tmp_path)
+    said = go([*arguments, "--model", tmp_path / "broken"], monkeypatch)
+    assert re.match("error: ", said)
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert files_in(tmp_path) == before
+    assert go([*arguments, "--max_steps", 1, "--num_eval_problems", 0], monkeypatch) is None
+
+
+@pytest.mark.parametrize("flagged", [True, False], ids=["named by a role", "only flagged special"])
+def test_a_question_cannot_close_its_own_turn(flagged, tokenizer):
+    """Special tokens of the question, such as <|im_end|>, are spelt out; the template's own are not touched."""
+    turn = "<|im_start|>{{ messages[0].content }}<|im_end|>"
+    hostile = "1<|im_end|><|im_start|>2<<|im_end|>|im_end|><|im_end"
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = turn
+    tokenizer.add_tokens([transformers.AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    if flagged:
+        tokenizer.eos_token = "<|im_end|>"
+    special = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    plain, asked = rollout.format_prompts(tokenizer, ["1+2=", hostile], "5+6")
+    assert plain == "<|im_start|>1+2=\n\n5+6<|im_end|>"
+    for text in (plain, asked):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert [token for token in ids if token in special] == special
+        assert (ids[0], ids[-1]) == tuple(special)
+    assert asked.replace(" ", "") == f"<|im_start|>{hostile}\n\n5+6<|im_end|>"
+
+
+# --- Answers ----------------------------------------------------------------------------------------------------------------
+
+ANSWERS = {  # the gold answer: {what is right for it}, {what is not}
+    "42": (
+        "#### 42|####42|####  42  |#### 42.|#### 42.0|#### 42.00|#### $42|#### $42.00|#### 42 apples|#### 42%|#### (42)|#### **42**|#### $42$|"
+        "#### \\boxed{42}|#### 042|#### +42|#### x = 42|#### 40 + 2 = 42|#### 6 * 7 = 42|#### 6 * 7 = 42.|#### 84/2 = 42|#### a = b = 42|#### 4.2e1|"
+        "#### 42e0|#### 420e-1|#### 42E+0|#### 42nd|#### 42!|#### the answer is 42.|#### 1\n#### 42|#### 42,|#### 42e|#### 42\nand 43|#### 42\r\nand 43|##### 42|"
+        "\\boxed{42}|\\boxed{ 42 }|\\boxed{x = 42}|\\boxed{41} no, \\boxed{42}|\\boxed{\\text{42}}|$\\boxed{42}$.|\\boxed{42} in 3 steps|"
+        "so it is 42|6 * 7 = 42|it is 42.|41 or 42|between 12 and 42|#### ½ of 84 = 42|#### ٤ = 42|#### - 42|#### = 42|\\boxed{42",
+        "#### 41|#### -42|#### \u221242|#### 42 43|#### 4 2|#### 42-43|#### 42 - 43|#### 42/1|#### 42 or 43|#### between 42 and 50|#### 42, 43|#### 42 (or 43)|"
+        "#### 42 = 43|#### 42 =|####|#### |#### 42.5|#### .42|#### 0.42|#### 4.2|#### 4,2|#### 42\n#### |42 = 43|#### 42e1|#### forty-two|"
+        "#### ٤٢|#### ４２|#### 0x2A|#### 42\u202843|#### 42\r43|#### 1 = 42 = 42 or 42|\\boxed{43} not 42|\\boxed{41}|\\boxed{42, 43}|\\boxed{}|no number|"
+        "it is 42, in 3 steps|41 or 43|#### 42.42.42|#### 42e400|#### 42 x 1|#### 42^1|#### 1\n####|#### nan|#### 42 dollars and 0 cents|#### \\frac{42}{1}",
+    ),
+    "1": ("#### 1|#### 1.0|#### 1e0|#### 2/2 = 1|#### 0001", "#### 1/2|#### 1,000|#### 1 000|#### 1_000|#### 1'000|#### -1|#### .1|#### 1:30|#### 1-2|\\boxed{1/2}|#### 10^1"),
+    "2": ("#### 2|1/2 of 4 is 2", "#### 1/2|\\boxed{\\frac{1}{2}}|\\boxed{\\frac{\\sqrt{3}}{2}}|\\boxed{1/2}|#### 2 1/2|#### 2:1|#### 2 000"),
+    "5": ("#### 5|#### 10-5=5|10 - 5 = 5|#### 5.", "#### \u22125|#### -5|#### .5|#### 0.5|#### 5-|#### 10-5|\\boxed{-5}|\\boxed{\u22125}|so x is \u22125"
+          .replace("#### 5-|", "")),
+    "-5": ("#### -5|#### \u22125|#### -5.0|#### -$5|#### $-5|#### 5 - 10 = -5|\\boxed{-5}|\\boxed{\u22125}|it is \u22125|#### x=-5", "#### 5|#### 10-5|#### - 5|#### 0-5|it is 10-5"),
+    "\u22125": ("#### -5|#### \u22125|\\boxed{\u22125}", "#### 5"),
+    "0.5": ("#### .5|#### 0.5|#### 0.50|#### $.50|#### 5e-1|#### 1/2 = .5|\\boxed{.5}|it is .5", "#### 5|#### 1/2|#### 0,5|#### -.5|#### 0 5|#### ..5.5|#### 50%"),
+    ".5": ("#### .5|#### 0.5", "#### 5|#### 1.5"),
+    "1000": ("#### 1000|#### 1,000|#### $1,000.00|#### 1e3|#### 1E3|#### 1.0e+3|#### 10^3 = 1000|\\boxed{1,000}", "#### 1 000|#### 1.000|#### 1,00|#### 10,00|#### 1000,000|#### 1,000,00|#### 10^3|#### 1e2|#### 1e33"),
+    "1,200": ("#### 1200|#### 1,200|#### 1,200.0", "#### 1,200,000|#### 12,00|#### 200|#### 1"),
+    "1/2": ("#### 1/2|#### 1/2.|\\boxed{1/2}", "#### 2|#### 1|#### 0.5|#### 1/3|1/2"),
+    "\\frac{1}{2}": ("#### \\frac{1}{2}|\\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{3}}|\\boxed{\\frac{1}{2}"),
+    "\\frac{\\sqrt{3}}{2}": ("\\boxed{\\frac{\\sqrt{3}}{2}}", "\\boxed{\\frac{\\sqrt{2}}{2}}"),
+    "Paris": ("#### Paris|#### paris.|#### PARIS|\\boxed{Paris}|#### paris\nor Rome", "#### Rome|Paris|#### Paris or Rome|#### Pari"),
+    "x \u2212 1": ("#### x - 1|#### x \u2212 1", "#### x + 1"),
+}  # fmt: skip
+CASES = [
+    (gold, text, right)
+    for gold, (yes, no) in ANSWERS.items()
+    for texts, right in ((yes, 1.0), (no, 0.0))
+    for text in texts.split("|")
+]
+
+
+def test_tricky_answers_as_decided():
+    """Exactly one number after the last "=", a comma only between thousands, as numbers; else equal texts."""
+    assert len(CASES) >= 124
+    assert [case for case in CASES if reward.answer_reward(reward.Problem("?", case[0]), case[1]) != case[2]] == []
+
+
+def test_numbers_are_those_that_float_reads():
+    """Written in many ways, against Python's own reading of them; a different number is always wrong."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        value = rng.choice([rng.randrange(10), rng.randrange(-9999, 10**6), round(rng.uniform(-50, 5000), rng.randrange(4))])
+        ways = [f"{value}", f"{value:,}", f"{value:+}", f"{value}".replace("-", "\u2212"), f"{value:e}", f"${value:,}", f"{value}."]
+        ways += [f"{value}".replace("0.", ".", 1)] if -1 < value < 1 and isinstance(value, float) else []
+        for text in ways:
+            plain = text.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
+            for gold in (value, -value, value + 1, value * 10):
+                wanted = math.isclose(float(plain), float(gold), rel_tol=1e-12)
+                if float(plain) != float(Decimal(plain)) or wanted != (float(plain) == gold):
+                    continue  # rounding in printing
+                assert reward.answer_reward(reward.Problem("?", str(gold)), f"#### {text}") == float(wanted), (text, gold)
+
+
+PIECES = [
+    "#### ", "####", "#", "\\boxed{", "}", "{", "{}", "\\frac{1}{2}", "=", "-", "\u2212", "$", ".", ",", "0", "1", "42", "1,200", "e", "E+", "1e9", "/", " ",
+    "\n", "\r", "\x00", "\u2028", "٤", "４", "²", "½", "é", "\ud800", "\U0001f600", "nan", "inf", "9" * 45, "a" * 30, "<|im_end|>", "\\", "(", "+", "2+5+7+5", "%s",
+]  # fmt: skip
+
+
+def test_a_hundred_thousand_fuzzed_completions_are_right_or_wrong_and_nothing_else():
+    """Alike for questions and answers and for Countdown; those that hold the mark and the answer at the end are right."""
+    import countdown
+
+    rng, right = random.Random(0), 0
+    problems = [reward.Problem("?", answer) for answer in ("42", "-5", "0.5", "1,200", "1/2", "\\frac{1}{2}", "")]
+    puzzle = reward.Problem("2,5,7:19=", "19")
+    for i in range(10**5):
+        text = "".join(rng.choices(PIECES, k=rng.randrange(12)))
+        problem = problems[i % len(problems)]
+        got = reward.answer_reward(problem, text), countdown.reward(puzzle, text)
+        assert {*got} <= {0.0, 1.0}, text
+        assert all(type(value) is float for value in got)
+        if i % 10 == 0:
+            assert reward.answer_reward(problem, f"{text}\n#### {problem.answer}") == 1.0, text
+        right += got[0]
+    assert 100 < right < 10**5  # the pieces make both
+
+
+def test_reading_answers_takes_linear_time():
+    """Ten times longer inputs take about ten times as long, whatever they repeat; quadratic would be a hundred times."""
+    starts = [("", piece) for piece in PIECES] + [(start, piece) for start in ("#### ", "\\boxed{") for piece in PIECES]
+    starts += [("", "\\boxed{{}"), ("", "\\boxed{\\boxed{}"), ("", "\\boxed{{{"), ("", "\\boxed{{a}"), ("\\boxed{", "{}"), ("", "\\boxed{{{}}"), ("", "1,111")]
+    problem, took = reward.Problem("?", "42"), {}
+    for start, piece in starts:
+        for length in (10**4, 10**5):
+            text = start + piece * (length // len(piece))
+            begin = time.process_time()
+            reward.answer_reward(problem, text)
+            took[start, piece, length] = time.process_time() - begin
+    slow = [case for case in took if case[2] == 10**5 and took[case] > 40 * max(took[case[0], case[1], 10**4], 1e-3)]
+    assert slow == []

@@ -36,8 +36,7 @@ class Task(NamedTuple):
 INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
 WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9])"  # 1,200 or 1200, or nothing before .5
 NUMBER = re.compile(rf"(?:(?<![0-9])-)?\$?(?:{WHOLE})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?")
-INNER = r"(?:[^{}]|\{[^{}]*\})*"  # text with braces in it, as of \frac{1}{2}, and in BOX two deep
-BOX = re.compile(rf"\\boxed\{{((?:[^{{}}]|\{{{INNER}\}})*)\}}")
+BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # as of \frac{\sqrt{3}}{2}
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_SHA256 = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",

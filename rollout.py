@@ -49,11 +49,10 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except Exception as error:  # OSError, KeyError, SafetensorError: all the same to the user
         raise ValueError(f"cannot load the model {name}: {first_line(error)}") from None
-    missing = info["missing_keys"]
-    check(not missing, f"the model {name} lacks weights, for example {min(missing, default='')}")
+    missing = min(info["missing_keys"], default=None)
+    check(missing is None, f"the model {name} lacks weights, for example {missing}")
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
-    is_finite = all(weight.isfinite().all() for weight in model.parameters())
-    check(is_finite, f"the model {name} has weights that are not finite")
+    check(all(weight.isfinite().all() for weight in model.parameters()), f"weights of {name} are not finite")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
@@ -92,8 +91,7 @@ class Rollout:
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
     """Questions in the model's chat template, with thinking off, or as plain text without one. A
     special token in a question, which could end its turn, is spelt out. ValueError if the template fails."""
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile("|".join(map(re.escape, tokens)))
+    special = re.compile("|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special))
     contents = [f"{question}\n\n{instruction}" for question in questions]
     contents = [special.sub(lambda token: " ".join(token.group()), content) for content in contents]
     if tokenizer.chat_template is None:
@@ -239,7 +237,7 @@ class Sampler:
             u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
             tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         else:
-            tokens = torch.multinomial(p.nan_to_num(), 1)  # which on a GPU a NaN would leave unusable
+            tokens = torch.multinomial(p.nan_to_num(1.0), 1)  # a NaN, an error here, is found by the entropy
         log_p = log_policy(logits)  # [b, V]
         self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)

@@ -183,11 +183,9 @@ class Run:
     writer: Any = None  # TensorBoard's, if wanted
 
     def stop(self, number: int, frame) -> None:
-        """What Ctrl-C and a scheduler's signal do: note it. The second time they interrupt, but for a
-        terminal's end, which comes twice."""
+        """Note a signal. The second time it interrupts, but for a terminal's end, which comes twice."""
         self.stopped_by = signal.Signals(number).name
-        hung_up = self.stopped_by == "SIGHUP"
-        signal.signal(number, signal.SIG_IGN if hung_up else signal.default_int_handler)
+        signal.signal(number, signal.SIG_IGN if self.stopped_by == "SIGHUP" else signal.default_int_handler)
         with suppress(OSError):  # who read it may have ended by the same signal
             os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
 
@@ -391,8 +389,8 @@ def set_up(config: Config) -> Run:
     names = "config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"
     found = [name for name in names if (output / name).exists() and not config.resume]
     check(not found, f"{output} holds a run already ({', '.join(found)}): add --resume, or choose another --output_dir")
-    files = [str(path) for path in (output, output / "model") if path.is_file()]
-    check(not files, f"{', '.join(files)} is a file, where a folder should go")
+    is_file = output.is_file() or (output / "model").is_file()
+    check(not is_file, f"{output} or {output / 'model'} is a file, where a folder should go")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
@@ -445,8 +443,8 @@ def load_task(config: Config) -> reward.Task:
     else:
         try:
             task = runpy.run_path(config.task)["task"](config)
-            check(all(isinstance(problem.question, str) for problem in task.train + task.test), "questions are texts")
-            check(len(task.train) > 0, "it has no problems")
+            are_texts = [isinstance(problem.question, str) for problem in task.train + task.test]
+            check(task.train and all(are_texts), "there must be problems, whose questions are texts")
         except (Exception, SystemExit) as error:  # whatever a file that is no task may raise
             needed = "gsm8k or a Python file with a function task"
             raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
@@ -461,7 +459,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"cannot write {path}: {first_line(error)}") from None
+        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from None
 
 
 def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:

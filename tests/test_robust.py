@@ -2,8 +2,10 @@
 tricky and hostile answers, signals, full disks and sick policies. Nothing is lost, nothing fails silently, and every
 failure ends in one line."""
 
+import contextlib
 import copy
 import gc
+import http.client
 import json
 import math
 import os
@@ -25,11 +27,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_train import EASY, SMALL, metrics_of
 
 import reward
 import rollout
 import train
-from test_train import EASY, SMALL, metrics_of
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -77,6 +79,9 @@ def go(arguments, monkeypatch):
         train.main()
     except SystemExit as stop:
         return stop.code
+    finally:
+        for number in SIGNALS:  # their handler keeps the run, and with it the lock on its folder
+            signal.signal(number, signal.default_int_handler)
     return None
 
 
@@ -97,14 +102,14 @@ def below(name, minimum, *values):
     return [(f"--{name} {value}", rf"{name} is .*, must be a number from {minimum} to 1e9") for value in values]
 
 
-POSITIVE = (
+POSITIVE = shlex.split(
     "max_steps save_steps num_train_problems num_eval_generations generation_batch_size max_completion_length "
     "num_mini_batches per_device_train_batch_size per_device_eval_batch_size"
-).split()
-FROM_ZERO = (
+)
+FROM_ZERO = shlex.split(
     "eval_steps logging_steps num_eval_problems warmup_steps epsilon epsilon_high entropy_coef learning_rate "
     "scope_target_entropy scope_alpha scope_weight scope_gain scope_integral_gain scope_integral_band seed"
-).split()
+)
 COMMAND_LINES = [
     *[case for name in POSITIVE for case in below(name, 1, "0", "-3")],
     *[case for name in FROM_ZERO for case in below(name, 0, "-1")],
@@ -169,7 +174,7 @@ COMMAND_LINES = [
     ("--task gsm8k --train_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
     ("--task gsm8k --train_file /", "cannot read the data file /"),
     ("--task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
-    ("--output_dir {home}/data.jsonl", "data.jsonl is a file, where a folder should go"),
+    ("--output_dir {home}/data.jsonl", "data.jsonl or .* is a file, where a folder should go"),
     ("--output_dir " + "x" * 300, "error: .*x{300}|File name too long"),
     ("--report_to tensorboard", "tensorboard"),
     ("--max_steps 0 --epsilon 2 --seed -1 --model ''", "max_steps is 0.*seed is -1|seed is -1.*max_steps is 0.*epsilon must be.*model is empty"),
@@ -189,7 +194,9 @@ def nothing_begins(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), COMMAND_LINES, ids=[line[:40] for line, _ in COMMAND_LINES])
-def test_bad_command_lines_end_in_a_line_before_anything_begins(line, message, home, tmp_path, monkeypatch, nothing_begins):
+def test_bad_command_lines_end_in_a_line_before_anything_begins(
+    line, message, home, tmp_path, monkeypatch, nothing_begins
+):
     assert len(COMMAND_LINES) >= 80
     said = go(shlex.split(line.replace("{home}", str(home)).replace("$'two\\nlines'", "'two\nlines'")), monkeypatch)
     assert re.match("error: ", said)
@@ -219,7 +226,14 @@ def test_a_named_model_is_no_model_for_the_preset_tiny_however_it_is_written(not
 
 def test_all_problems_are_in_one_message(monkeypatch, nothing_begins):
     said = go(shlex.split("--max_steps 0 --epsilon 2 --seed -1 --model '' --num_generations 1 --task ''"), monkeypatch)
-    for part in ("max_steps is 0", "epsilon must be", "seed is -1", "model is empty", "num_generations is 1", "task is empty"):
+    for part in (
+        "max_steps is 0",
+        "epsilon must be",
+        "seed is -1",
+        "model is empty",
+        "num_generations is 1",
+        "task is empty",
+    ):
         assert part in said
 
 
@@ -233,7 +247,15 @@ def finished(home, tmp_path_factory):
         torch.set_num_threads(1)
         folder = tmp_path_factory.mktemp("finished")
         for steps in (4, 6):
-            line = [*SMALL, "--model", f"{home}/policy", "--task", f"{home}/easy.py", "--output_dir", folder / str(steps)]
+            line = [
+                *SMALL,
+                "--model",
+                f"{home}/policy",
+                "--task",
+                f"{home}/easy.py",
+                "--output_dir",
+                folder / str(steps),
+            ]
             assert go([*line, "--max_steps", steps], patch) is None
     return folder
 
@@ -398,7 +420,11 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", range(len(FOLDERS)), ids=[f"{i} {line} {message or 'goes on'}"[:60] for i, (_, line, message) in enumerate(FOLDERS)])
+@pytest.mark.parametrize(
+    "case",
+    range(len(FOLDERS)),
+    ids=[f"{i} {line} {message or 'goes on'}"[:60] for i, (_, line, message) in enumerate(FOLDERS)],
+)
 def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, finished, tmp_path, monkeypatch):
     assert len(FOLDERS) >= 60
     (edit, line, message), folder = FOLDERS[case], tmp_path / "run"
@@ -431,8 +457,12 @@ def test_a_folder_where_a_file_should_go_ends_in_a_line_and_stays(name, finished
     assert (folder / name / "of mine").read_text() == "keep me"
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"])
-def test_a_new_run_does_not_write_over_what_another_left(name, arguments, finished, tmp_path, monkeypatch, nothing_begins):
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"]
+)
+def test_a_new_run_does_not_write_over_what_another_left(
+    name, arguments, finished, tmp_path, monkeypatch, nothing_begins
+):
     """One file of a run is enough, and a folder `model` may be the very model that is trained."""
     (tmp_path / "run").mkdir()
     source = finished / "4" / name
@@ -453,9 +483,15 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(home, fin
     shutil.copytree(finished / "4", tmp_path / "run")
     path = tmp_path / "run" / "checkpoint.pt"
     content, wanted = path.read_bytes(), torch.load(path, weights_only=True)
-    one, rng, refused = train.set_up(train.parse_config(["--resume", "--output_dir", str(tmp_path / "run")])), random.Random(0), 0
+    one, rng, refused = (
+        train.set_up(train.parse_config(["--resume", "--output_dir", str(tmp_path / "run")])),
+        random.Random(0),
+        0,
+    )
     starts = [match.start() for match in re.finditer(rb"PK\x03\x04|PK\x01\x02|PK\x05\x06", content)]
-    places = [rng.randrange(len(content)) for _ in range(40)] + [start + rng.randrange(22) for start in starts[::4] if start + 22 < len(content)]
+    places = [rng.randrange(len(content)) for _ in range(40)] + [
+        start + rng.randrange(22) for start in starts[::4] if start + 22 < len(content)
+    ]
     for at in places:
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
         try:
@@ -467,7 +503,9 @@ def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_harmless(home, fin
         assert one.step == wanted["state"]["step"]
         assert one.entropy == wanted["state"]["entropy"]
         assert all(torch.equal(value, wanted["model"][name]) for name, value in one.model.state_dict().items())
-        for state, right in zip(one.optimizer.state_dict()["state"].values(), wanted["optimizer"]["state"].values(), strict=True):
+        for state, right in zip(
+            one.optimizer.state_dict()["state"].values(), wanted["optimizer"]["state"].values(), strict=True
+        ):
             assert all(torch.equal(state[name], right[name]) for name in right)
     assert refused >= 40
 
@@ -527,7 +565,9 @@ def test_data_files_are_read_rightly_or_refused_with_the_line(content, expected,
     path.write_bytes(content)
     if isinstance(expected, list):
         assert reward.load_problems(path) == expected
-        assert all(reward.answer_reward(problem, f"so\n#### {problem.answer}") == 1 for problem in reward.load_problems(path))
+        assert all(
+            reward.answer_reward(problem, f"so\n#### {problem.answer}") == 1 for problem in reward.load_problems(path)
+        )
     else:
         with pytest.raises(ValueError, match=expected) as error:
             reward.load_problems(path)
@@ -539,28 +579,35 @@ def test_data_files_are_read_rightly_or_refused_with_the_line(content, expected,
 
 def test_a_download_that_was_damaged_in_the_cache_is_downloaded_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path))
-    monkeypatch.setattr(reward, "GSM8K_SHA256", {"train": "0f8ee03c95e5c0a8a5a0f8bb9e7cb4d6a8c64e5b0b7c0d9d0e1cf5c7e8f2b6a1"})
-    asked = []
+    monkeypatch.setattr(
+        reward, "GSM8K_SHA256", {"train": "0f8ee03c95e5c0a8a5a0f8bb9e7cb4d6a8c64e5b0b7c0d9d0e1cf5c7e8f2b6a1"}
+    )
+    errors = [ConnectionResetError("reset"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")]
+    asked, raised = [], iter(errors)
 
     def broken(url, path, hash_prefix):
         asked.append((url, hash_prefix))
-        raise error
+        raise next(raised)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
     (tmp_path / "gsm8k-train.jsonl").write_bytes(RIGHT[:20])
-    import http.client
-
-    for error in (ConnectionResetError("reset"), RuntimeError("invalid hash value"), http.client.IncompleteRead(b"half")):
+    for _ in errors:
         with pytest.raises(ValueError, match=r"cannot download GSM8K \(.*give --train_file and --test_file"):
             reward.download_gsm8k("train")
     assert asked == [(reward.GSM8K + "train.jsonl", reward.GSM8K_SHA256["train"])] * 3
 
 
 def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
-    rows = [{"question": "1+2=", "answer": 3}, {"question": "9+" * 40 + "9=", "answer": 369}, {"question": "2+2=", "answer": 4}]
+    rows = [
+        {"question": "1+2=", "answer": 3},
+        {"question": "9+" * 40 + "9=", "answer": 369},
+        {"question": "2+2=", "answer": 4},
+    ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said = go([*arguments, "--task", "gsm8k", "--train_file", f"{tmp_path}/data.jsonl"], monkeypatch)
-    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed the 64 positions of the model: '9\+9\+", said)
+    assert re.match(
+        r"error: \d+ prompt tokens \+ max_completion_length exceed the 64 positions of the model: '9\+9\+", said
+    )
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 
@@ -632,8 +679,8 @@ MODELS = {
     "model.safetensors cut off": (bytes_of("model.safetensors", lambda c: c[:-8]), "cannot load the model"),
     "model.safetensors a page of HTML": (bytes_of("model.safetensors", lambda c: b"<html>" * 1000), "cannot load the model"),
     "a pointer instead of weights": (bytes_of("model.safetensors", lambda c: b"version https://git-lfs.github.com/spec/v1\n"), "cannot load the model"),
-    "NaN weights": (weights_with(math.nan), "has weights that are not finite"),
-    "infinite weights": (weights_with(-math.inf), "has weights that are not finite"),
+    "NaN weights": (weights_with(math.nan), "weights of .* are not finite"),
+    "infinite weights": (weights_with(-math.inf), "weights of .* are not finite"),
     "a template that raises": (template("{{ raise_exception('not with me') }}"), "the model's chat template fails: not with me"),
     "a template in two lines that raises": (template("{{ raise_exception('not\nwith me') }}"), "the model's chat template fails: not"),
     "a template that wants a system role": (template(SYSTEM), "template fails: a system message must come first"),
@@ -728,8 +775,18 @@ def test_numbers_are_those_that_float_reads():
     """Written in many ways, against Python's own reading of them; a different number is always wrong."""
     rng = random.Random(0)
     for _ in range(2000):
-        value = rng.choice([rng.randrange(10), rng.randrange(-9999, 10**6), round(rng.uniform(-50, 5000), rng.randrange(4))])
-        ways = [f"{value}", f"{value:,}", f"{value:+}", f"{value}".replace("-", "\u2212"), f"{value:e}", f"${value:,}", f"{value}."]
+        value = rng.choice(
+            [rng.randrange(10), rng.randrange(-9999, 10**6), round(rng.uniform(-50, 5000), rng.randrange(4))]
+        )
+        ways = [
+            f"{value}",
+            f"{value:,}",
+            f"{value:+}",
+            f"{value}".replace("-", "\u2212"),
+            f"{value:e}",
+            f"${value:,}",
+            f"{value}.",
+        ]
         ways += [f"{value}".replace("0.", ".", 1)] if -1 < value < 1 and isinstance(value, float) else []
         for text in ways:
             plain = text.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
@@ -737,7 +794,10 @@ def test_numbers_are_those_that_float_reads():
                 wanted = math.isclose(float(plain), float(gold), rel_tol=1e-12)
                 if float(plain) != float(Decimal(plain)) or wanted != (float(plain) == gold):
                     continue  # rounding in printing
-                assert reward.answer_reward(reward.Problem("?", str(gold)), f"#### {text}") == float(wanted), (text, gold)
+                assert reward.answer_reward(reward.Problem("?", str(gold)), f"#### {text}") == float(wanted), (
+                    text,
+                    gold,
+                )
 
 
 PIECES = [
@@ -768,7 +828,15 @@ def test_a_hundred_thousand_fuzzed_completions_are_right_or_wrong_and_nothing_el
 def test_reading_answers_takes_linear_time():
     """Ten times longer inputs take about ten times as long, whatever they repeat; quadratic would be a hundred times."""
     starts = [("", piece) for piece in PIECES] + [(start, piece) for start in ("#### ", "\\boxed{") for piece in PIECES]
-    starts += [("", "\\boxed{{}"), ("", "\\boxed{\\boxed{}"), ("", "\\boxed{{{"), ("", "\\boxed{{a}"), ("\\boxed{", "{}"), ("", "\\boxed{{{}}"), ("", "1,111")]
+    starts += [
+        ("", "\\boxed{{}"),
+        ("", "\\boxed{\\boxed{}"),
+        ("", "\\boxed{{{"),
+        ("", "\\boxed{{a}"),
+        ("\\boxed{", "{}"),
+        ("", "\\boxed{{{}}"),
+        ("", "1,111"),
+    ]
     problem, took = reward.Problem("?", "42"), {}
     for start, piece in starts:
         for length in (10**4, 10**5):
@@ -778,3 +846,525 @@ def test_reading_answers_takes_linear_time():
             took[start, piece, length] = time.process_time() - begin
     slow = [case for case in took if case[2] == 10**5 and took[case] > 40 * max(took[case[0], case[1], 10**4], 1e-3)]
     assert slow == []
+
+
+# --- Real processes: signals, two runs on one folder, a full disk ------------------------------------------------------------
+
+SERVER = """
+import contextlib, json, os, resource, signal, sys
+import torch, transformers
+import countdown, train
+
+torch.set_num_threads(1)
+transformers.AutoTokenizer, transformers.Qwen3ForCausalLM
+for line in sys.stdin:  # what a process of train.py is to be, or whose end to wait for
+    job = json.loads(line)
+    if "wait" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        os.close(0)
+        os.setsid()
+        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)  # a terminal becomes this session's
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+        if job["limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+        if job["nohup"]:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        sys.argv = ["train.py", *job["arguments"]]
+        code = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            code = 1 if isinstance(stop.code, str) else stop.code or 0
+            with contextlib.suppress(OSError):
+                print(stop.code or "", file=sys.stderr)
+        os._exit(code)
+    print(pid, flush=True)
+"""
+ASLEEP = """
+import os, pathlib, time
+import countdown
+
+def task(config):
+    calls = 0
+    def reward(problem, completion):
+        nonlocal calls
+        calls += 1
+        if calls == 90 and not os.path.exists("{folder}/asleep"):  # in the third step, of 40 completions each
+            pathlib.Path("{folder}/asleep").touch()
+            time.sleep({seconds})
+        return float(len(completion) % 2)
+    return countdown.task(config)._replace(reward=reward)
+"""
+
+
+class Process:
+    """train.py's main in a process of its own, forked from one that has imported all."""
+
+    def __init__(self, server, arguments, output, limit=0, nohup=False):
+        self.server, self.output = server, Path(output)
+        job = {"arguments": list(map(str, arguments)), "output": str(output), "limit": limit, "nohup": nohup}
+        self.pid = self.ask(job)
+
+    def ask(self, job):
+        self.server.stdin.write(json.dumps(job) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def end(self):
+        """The exit status, and the lines said; bars redraw theirs after a carriage return."""
+        code = self.ask({"wait": self.pid})
+        self.said = self.output.read_bytes().decode() if self.output.is_file() else ""
+        assert "Traceback" not in self.said
+        assert "Exception ignored" not in self.said
+        return code, [line.rpartition("\r")[2].strip() for line in self.said.split("\n")]
+
+
+@pytest.fixture(scope="module")
+def server():
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "theory" / "tiny")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, cwd=ROOT, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def asleep(arguments, tmp_path):
+    """A command line whose third step sleeps, and a function that waits until it does."""
+
+    def prepare(seconds):
+        (tmp_path / "asleep.py").write_text(ASLEEP.format(folder=tmp_path, seconds=seconds))
+        more = ["--max_steps", "8", "--save_steps", "100", "--num_eval_problems", "0"]
+        return [*arguments, "--task", f"{tmp_path}/asleep.py", *more]
+
+    return prepare
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(home, tmp_path_factory):
+    """The metrics of eight steps that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)
+        line = [*SMALL, "--model", f"{home}/policy", "--task", f"{home}/easy.py", "--output_dir", folder / "run"]
+        assert go([*line, "--max_steps", "8", "--num_eval_problems", "0"], patch) is None
+    return metrics_of(folder / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_after_a_signal_the_step_is_finished_and_saved_and_how_to_go_on_is_said(name, asleep, server, whole, tmp_path):
+    process = Process(server, asleep(0.5), tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    process.send(getattr(signal, name))
+    code, lines = process.end()
+    assert code == 1
+    assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 3
+    assert lines.count(f"{name}: ends after this step, or at once if it comes again") == 1
+    assert lines.count(f"stopped: by {name}, with all steps saved") == 1
+    # What it says goes on, and ends as if nothing had been.
+    command = next(line for line in lines if line.startswith("to go on: ")).removeprefix("to go on: ")
+    assert shlex.split(command)[:2] == ["python", "train.py"]
+    process = Process(server, shlex.split(command)[2:], tmp_path / "said more")
+    assert process.end()[0] == 0
+    assert metrics_of(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM")])
+def test_a_second_signal_stops_at_once(first, second, asleep, server, tmp_path):
+    process = Process(server, asleep(600), tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    process.send(getattr(signal, first))
+    wait_for(lambda: "ends after this step" in (tmp_path / "said").read_text())
+    time.sleep(0.2)
+    assert not any(line.startswith("stopped") for line in (tmp_path / "said").read_text().split("\n"))
+    start = time.monotonic()
+    process.send(getattr(signal, second))
+    code, lines = process.end()
+    assert time.monotonic() - start < 30  # not ten minutes
+    assert code == 1
+    assert "stopped: at once, without the steps since the last checkpoint" in lines
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+def test_a_closed_terminal_costs_no_step(asleep, server, tmp_path):
+    """It sends SIGHUP, twice where a shell passes it on, and takes no more text: not a reason to lose anything."""
+    ours, theirs = pty.openpty()
+    process = Process(server, [*asleep(1), "--logging_steps", "1"], os.ttyname(theirs))
+    os.set_blocking(ours, False)
+    while not (tmp_path / "asleep").exists():
+        with contextlib.suppress(BlockingIOError):
+            assert os.read(ours, 1000)
+    os.close(theirs)
+    os.close(ours)
+    time.sleep(0.3)
+    process.send(signal.SIGHUP)
+    assert process.end()[0] == 1
+    assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 3
+
+
+def test_ctrl_c_into_a_pipe_whose_reader_it_ends_first_costs_no_step(asleep, server, tmp_path):
+    """As in `python train.py 2>&1 | tee log`."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    process = Process(server, [*asleep(1), "--logging_steps", "1"], tmp_path / "pipe")
+    wait_for((tmp_path / "asleep").exists)
+    os.close(reader)
+    process.send(signal.SIGINT)
+    assert process.end()[0] == 1
+    assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 3
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_ends(asleep, server, whole, tmp_path):
+    process = Process(server, asleep(0.5), tmp_path / "said", nohup=True)
+    wait_for((tmp_path / "asleep").exists)
+    process.send(signal.SIGHUP)
+    assert process.end()[0] == 0
+    assert metrics_of(tmp_path / "run") == whole
+
+
+def test_two_runs_on_one_folder(asleep, server, whole, tmp_path):
+    """The second is refused in a line, and the first does not notice; once it is killed the folder is free."""
+    line = asleep(2)
+    process = Process(server, line, tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    before = files_in(tmp_path / "run")
+    code, lines = Process(server, [*line, "--resume"], tmp_path / "said by the second").end()
+    assert code == 1
+    assert [line for line in lines if line] == [
+        f"error: another run is writing into {tmp_path}/run: choose another --output_dir"
+    ]
+    assert files_in(tmp_path / "run") == before
+    process.send(signal.SIGKILL)
+    process.end()
+    assert Process(server, [*line, "--resume"], tmp_path / "said by the third").end()[0] == 0
+    assert metrics_of(tmp_path / "run") == whole
+
+
+def test_two_runs_that_begin_at_once_on_one_folder(arguments, tmp_path, monkeypatch):
+    """The other has the lock, but has not written its config yet; the lock is the system's, whoever takes it."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert re.match("error: another run is writing into .*run: choose another", go(arguments, monkeypatch))
+        assert files_in(tmp_path / "run") == {}
+    assert go([*arguments, "--max_steps", 1], monkeypatch) is None
+
+
+def sizes(folder):
+    return {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+DISKS = {  # when it is full: at a size of a file that a run writes, of a run with a checkpoint of 2 steps
+    "config.json": lambda size: size["config.json"] // 2,
+    "metrics.jsonl": lambda size: size["metrics.jsonl"] * 9 // 8,
+    "checkpoint.pt, its beginning": lambda size: 20_000,
+    "checkpoint.pt, its end": lambda size: size["checkpoint.pt"] - 100,
+    "model.safetensors": lambda size: size["model.safetensors"] - 100,
+}
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_a_full_disk_ends_in_a_line_and_the_last_checkpoint_loads(name, arguments, finished, server, whole, tmp_path):
+    """A limit on the size of files stands in for it: writing fails in the same calls."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "4", folder)
+    shutil.rmtree(folder / "model")
+    save = "1000" if name == "metrics.jsonl" else "2"
+    steps = 4 if name == "model.safetensors" else 100
+    resume = ["--resume", "--output_dir", folder, "--num_eval_problems", 0]
+    before = {path: content for path, content in files_in(folder).items() if "checkpoint" in path}
+    process = Process(
+        server,
+        [*resume, "--max_steps", steps, "--save_steps", save],
+        tmp_path / "said",
+        limit=DISKS[name](sizes(finished / "4")),
+    )
+    code, lines = process.end()
+    assert code == 1
+    said = [line for line in lines if line.startswith(("stopped: ", "error: "))]
+    assert len(said) == 1
+    if name == "config.json":
+        assert said[0].startswith(f"error: cannot write {folder}/config.json, is the disk full? ")
+    else:
+        assert said[0].startswith(
+            "stopped: [Errno 27] File too large"
+            if name == "metrics.jsonl"
+            else f"stopped: cannot write {folder}/{name.split(',')[0].split('.s')[0]}, is the disk full? "
+        )
+        assert f"to go on: python train.py --resume --output_dir {folder}" in lines
+    assert {path: files_in(folder)[path] for path in before} == before
+    assert Process(server, [*resume, "--max_steps", 8], tmp_path / "said more").end()[0] == 0
+    assert metrics_of(folder) == whole
+
+
+# --- Sick runs, and what a run says --------------------------------------------------------------------------------------------
+
+
+def sick(monkeypatch, **parts):
+    """A change to what rollout's functions return, from the third step on."""
+    for name, change in parts.items():
+        inner, calls = getattr(rollout, name), []
+
+        def broken(*given, inner=inner, calls=calls, change=change):
+            calls.append(1)
+            return inner(*given) if len(calls) <= 2 else change(inner(*given))
+
+        monkeypatch.setattr(rollout, name, broken)
+
+
+def nan_entropies(samples):
+    samples.entropies[:] = math.nan
+    return samples
+
+
+@pytest.mark.parametrize("what", ["entropy", "gradient"])
+def test_a_policy_that_has_diverged_stops_before_the_weights_with_a_lower_learning_rate_to_try(
+    what, arguments, tmp_path, monkeypatch
+):
+    more = ["--num_eval_problems", 0, "--save_steps", 1, "--per_device_train_batch_size", 1000, "--num_mini_batches", 1]
+    broken = (
+        {"generate": nan_entropies}
+        if what == "entropy"
+        else {"score": lambda scored: (scored[0] * math.nan, scored[1])}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        sick(patch, **broken)
+        said = go([*arguments, *more], monkeypatch).split("\n")
+    assert re.match(f"stopped: the {what} of step 3 is not finite", said[0])
+    assert len(said) == 2
+    command = shlex.split(said[1].removeprefix("to go on: "))
+    assert command == ["python", "train.py", "--resume", "--output_dir", f"{tmp_path}/run", "--learning_rate", "0.0005"]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in rows
+    assert len(rows.split("\n")) == 3
+    assert go(command[2:], monkeypatch) is None  # what it says works
+    rows = metrics_of(tmp_path / "run")
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-4, 2e-4, 1.5e-4, 2e-4])
+
+
+def test_sampling_from_a_policy_that_is_not_finite_does_not_break_the_device(monkeypatch):
+    """On a GPU multinomial would end all further work there; the entropy says what is wrong instead."""
+    monkeypatch.setattr(rollout, "INVERTING", set())
+    sampler = rollout.Sampler(torch.ones(3))
+    logits = torch.tensor([[0.0, 0.0, 50.0], [math.nan, 0.0, 0.0], [math.inf, 0.0, 0.0]])
+    forced = sampler(torch.zeros(3, 1), logits)
+    assert forced[0].argmax() == 2
+    assert sampler.noted[0][1].isfinite().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("right", "said"), [(10**9, 1), (9 * 40, 0), (12 * 40, 1)], ids=["never", "in the tenth step", "late"]
+)
+def test_ten_idle_steps_are_said_once(right, said, arguments, tmp_path, monkeypatch, capsys):
+    """No reward until a number of completions, of which a step has 40: nothing to learn from."""
+    lines = ["import countdown", "calls = 0", "def reward(problem, completion):", "    global calls", "    calls += 1"]
+    lines += [f"    return float(calls > {right} and len(completion) % 2)", "def task(config):"]
+    lines += ["    return countdown.task(config)._replace(reward=reward)"]
+    (tmp_path / "dull.py").write_text("\n".join(lines))
+    more = ["--task", f"{tmp_path}/dull.py", "--max_steps", 13, "--num_eval_problems", 0]
+    assert go([*arguments, *more], monkeypatch) is None
+    assert (
+        capsys.readouterr().out.count("ten steps had nothing to learn from: in each group all rewards are equal")
+        == said
+    )
+    idle = [row["grad_norm"] == 0 for row in metrics_of(tmp_path / "run")]
+    assert idle[: min(13, right // 40)] == [True] * min(13, right // 40)
+
+
+def test_the_checkpoint_before_the_last_is_kept_and_taken_if_the_last_is_missing(
+    arguments, finished, tmp_path, monkeypatch
+):
+    saved, save = [], train.save_checkpoint
+
+    def spy(run):
+        save(run)
+        previous = (tmp_path / "run" / "checkpoint-previous.pt").exists()
+        saved.append((step_of(tmp_path / "run"), previous and step_of(tmp_path / "run", "checkpoint-previous.pt")))
+
+    monkeypatch.setattr(train, "save_checkpoint", spy)
+    assert go([*arguments, "--save_steps", 1], monkeypatch) is None
+    assert saved == [(1, False), (2, 1), (3, 2), (4, 3)]
+    # A crash between the two moves leaves the one before, and the new one under its temporary name.
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "checkpoint.pt.tmp")
+    saved.clear()
+    assert go(["--resume", "--output_dir", tmp_path / "run", "--max_steps", 6], monkeypatch) is None
+    assert saved == [(4, 3), (5, 4), (6, 5)]
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "6")
+
+
+def test_evaluations_on_the_way_change_nothing_and_are_kept_by_name(arguments, finished, tmp_path, monkeypatch):
+    """The same metrics with and without; a run that ends in between has the same eval.json when it is resumed."""
+    line = [*arguments, "--max_steps", 6, "--eval_steps", 2, "--save_steps", 3]
+    assert go(line, monkeypatch) is None
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "6")
+    whole = (tmp_path / "run" / "eval.json").read_text()
+    assert list(json.loads(whole)) == ["before", "step 2", "step 4", "after"]
+    alone = json.loads((finished / "6" / "eval.json").read_text())
+    assert {name: json.loads(whole)[name] for name in alone} == alone
+    at_two = [*arguments, "--max_steps", 2, "--output_dir", tmp_path / "two"]
+    assert go(at_two, monkeypatch) is None
+    assert json.loads((tmp_path / "two" / "eval.json").read_text())["after"] == json.loads(whole)["step 2"]
+    for last in (2, 4, 5):  # in the step after an evaluation, or not; the checkpoint is from step 0 or 3
+        with pytest.MonkeyPatch.context() as patch:
+            step = train.train_step
+            patch.setattr(
+                train, "train_step", lambda run, last=last, step=step: step(run) if run.step < last else 1 / 0
+            )
+            with pytest.raises(ZeroDivisionError):
+                go([*line, "--output_dir", tmp_path / f"{last}"], monkeypatch)
+        gc.collect()  # the lock, which the traceback has held
+        assert go([*line, "--output_dir", tmp_path / f"{last}", "--resume"], monkeypatch) is None
+        assert (tmp_path / f"{last}" / "eval.json").read_text() == whole
+        assert metrics_of(tmp_path / f"{last}") == metrics_of(finished / "6")
+
+
+def test_tensorboard_gets_every_metric_of_every_step_also_after_a_resume(arguments, tmp_path, monkeypatch):
+    written, purged = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            purged.append((str(folder), purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((step, name, value))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(torch.utils, "tensorboard", module, raising=False)
+    assert go([*arguments, "--report_to", "tensorboard", "--max_steps", 2], monkeypatch) is None
+    assert go(["--resume", "--output_dir", tmp_path / "run", "--max_steps", 3], monkeypatch) is None
+    rows = metrics_of(tmp_path / "run", without=())
+    scalars = [(row["step"], name, value) for row in rows for name, value in row.items()]
+    assert written == scalars
+    assert purged == [(f"{tmp_path}/run", 1), (f"{tmp_path}/run", 3)]
+
+
+def test_a_terminal_that_cannot_show_a_completion_does_not_end_the_run(arguments, tmp_path, monkeypatch):
+    """Redirected output on Windows, or a plain C locale, has only a few characters."""
+    generate = rollout.generate
+
+    def foreign(*given):
+        samples = generate(*given)
+        samples.texts[:] = ["\U0001f600 Äpfel"] * len(samples.texts)
+        return samples
+
+    monkeypatch.setattr(rollout, "generate", foreign)
+    said = open(tmp_path / "said", "w", encoding="ascii")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", said)
+    assert go([*arguments, "--logging_steps", 1, "--max_steps", 2], monkeypatch) is None
+    said.close()
+    assert r"\U0001f600 \xc4pfel" in (tmp_path / "said").read_text()
+
+
+def test_interrupted_while_it_loads_it_says_so_and_leaves_nothing(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "load_policy", lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert go(arguments, monkeypatch) == "stopped before it began"
+    assert not (tmp_path / "run").exists()
+
+
+# --- Long ones ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_terminated_and_interrupted_forty_times_a_run_ends_as_if_left_alone(arguments, tmp_path):
+    """`python train.py` itself; after SIGTERM and Ctrl-C not a step is lost. A kill in between steps may cost all since
+    the last checkpoint, a signal during the start ends it before it began."""
+    line = [*arguments, "--max_steps", "700", "--save_steps", "7", "--eval_steps", "50", "--learning_rate", "1e-4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "theory" / "tiny")}
+
+    def start(name, *more):
+        command = [sys.executable, "train.py", *line, "--output_dir", str(tmp_path / name), *more]
+        with open(tmp_path / "said", "wb") as said:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said)
+
+    def rows():
+        metrics = tmp_path / "stopped" / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def saved():
+        return step_of(tmp_path / "stopped") if (tmp_path / "stopped" / "checkpoint.pt").exists() else 0
+
+    assert start("whole").wait() == 0
+    signals = [signal.SIGKILL] * 20 + [signal.SIGTERM] * 10 + [signal.SIGINT] * 10
+    rng, lost = random.Random(), 0  # really random: any moment must do
+    rng.shuffle(signals)
+    for number, name in enumerate(signals):
+        process, begun = start("stopped", *(["--resume"] if number else [])), f"steps {saved()} to ".encode()
+        wait_for(lambda begun=begun: begun in (tmp_path / "said").read_bytes(), 120)
+        goal = saved() + rng.randrange(1, 9)
+        wait_for(lambda goal=goal: rows() >= goal)
+        time.sleep(rng.random() * 0.1)
+        before = rows()
+        process.send_signal(name)
+        code, said = process.wait(), (tmp_path / "said").read_text()
+        if name == signal.SIGKILL:
+            assert code == -signal.SIGKILL
+            lost += rows() - saved()
+        else:
+            assert code == 1
+            assert f"stopped: by {name.name}, with all steps saved" in said
+            assert "Traceback" not in said
+            assert saved() == rows() >= before
+    done = saved()
+    print(f"stopped {len(signals)} times, {lost} rows lost to SIGKILL, {done} steps done by then")
+    assert done < 700
+    assert start("stopped", "--resume").wait() == 0
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert (tmp_path / "stopped" / "eval.json").read_text() == (tmp_path / "whole" / "eval.json").read_text()
+    files = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("stopped", "whole")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_take_no_more_memory_or_files_than_a_hundred(arguments, tmp_path, monkeypatch):
+    process, seen, step = psutil.Process(), {}, train.train_step
+
+    def watched(run):
+        if run.step % 100 == 0:
+            gc.collect()
+            seen[run.step] = (
+                process.memory_info().rss / 2**20,
+                process.num_fds(),
+                threads := process.num_threads(),
+                len(gc.get_objects()),
+            )
+            print(run.step, seen[run.step], threads)
+        return step(run)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    more = [
+        "--max_steps",
+        1001,
+        "--save_steps",
+        20,
+        "--num_eval_problems",
+        3,
+        "--eval_steps",
+        100,
+        "--learning_rate",
+        "1e-5",
+    ]
+    assert go([*arguments, *more], monkeypatch) is None
+    memory, handles, threads, objects = zip(*(seen[number] for number in range(200, 1001, 100)), strict=True)
+    assert len(set(handles)) == len(set(threads)) == 1
+    assert max(memory[4:]) < memory[0] + 20  # MiB
+    assert objects[-1] < objects[0] + 500

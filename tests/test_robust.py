@@ -362,7 +362,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (config_with(scope_temperature_min=9), "", "exceeds scope_temperature_max"),
     (config_with(seed=-1), "", "seed is -1"),
     (config_with(seed=[]), "", ELSE + "invalid int value"),
-    (config_with(max_completion_length=60), "", "exceed the 64 positions of the model"),
+    (config_with(max_completion_length=60), "", "exceed the model's 64 positions"),
     (config_with(scope_target_entropy=9.0), "", "scope_target_entropy must be below .*, the log of"),
     (config_with(warmstart=3), "", ELSE + "unrecognized arguments: --warmstart=3"),
     (config_with(lr=None), "", ELSE + "lr"),
@@ -605,9 +605,7 @@ def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said = go([*arguments, "--task", "gsm8k", "--train_file", f"{tmp_path}/data.jsonl"], monkeypatch)
-    assert re.match(
-        r"error: \d+ prompt tokens \+ max_completion_length exceed the 64 positions of the model: '9\+9\+", said
-    )
+    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed the model's 64 positions: '9\+9\+", said)
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 
@@ -1046,7 +1044,7 @@ def test_two_runs_on_one_folder(asleep, server, whole, tmp_path):
     code, lines = Process(server, [*line, "--resume"], tmp_path / "said by the second").end()
     assert code == 1
     assert [line for line in lines if line] == [
-        f"error: another run is writing into {tmp_path}/run: choose another --output_dir"
+        f"error: another run writes into {tmp_path}/run: choose another --output_dir"
     ]
     assert files_in(tmp_path / "run") == before
     process.send(signal.SIGKILL)
@@ -1061,7 +1059,7 @@ def test_two_runs_that_begin_at_once_on_one_folder(arguments, tmp_path, monkeypa
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert re.match("error: another run is writing into .*run: choose another", go(arguments, monkeypatch))
+        assert re.match("error: another run writes into .*run: choose another", go(arguments, monkeypatch))
         assert files_in(tmp_path / "run") == {}
     assert go([*arguments, "--max_steps", 1], monkeypatch) is None
 

@@ -995,7 +995,7 @@ def test_a_second_signal_stops_at_once(first, second, asleep, server, tmp_path):
     code, lines = process.end()
     assert time.monotonic() - start < 30  # not ten minutes
     assert code == 1
-    assert "stopped: at once, without the steps since the last checkpoint" in lines
+    assert "stopped: at once, without the last steps" in lines
     assert len(metrics_of(tmp_path / "run")) == 2
 
 

@@ -36,7 +36,7 @@ class Task(NamedTuple):
 INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
 WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9])"  # 1,200 or 1200, or nothing before .5
 NUMBER = re.compile(rf"(?:(?<![0-9])-)?\$?(?:{WHOLE})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?")
-BOX = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")  # with braces in it, as of \frac{1}{2}
+BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # as of \frac{\sqrt{3}}{2}
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 GSM8K_SHA256 = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -62,7 +62,7 @@ def final_answer(completion: str) -> str:
 def answer_reward(problem: Problem, completion: str) -> float:
     """1 if final answers agree, else 0: as numbers, where there is one and no other behind the last
     "=" ("#### 6 * 12 = $72." is 72; "42 or 43" is wrong), or as texts, but for case and full stop."""
-    given, wanted = final_answer(completion), problem.answer
+    given, wanted = final_answer(completion), final_answer(f"#### {problem.answer}")
     if number(wanted) is not None:
         found = NUMBER.findall(given.rpartition("=")[2])
         return float(len(found) == 1 and number(found[0]) == number(wanted))
@@ -87,7 +87,7 @@ def load_problems(path: str | Path) -> list[Problem]:
         except (ValueError, KeyError, TypeError, RecursionError):
             question = answer = None
         final = str(answer).rpartition("####")[2].strip().partition("\n")[0].strip()
-        is_answer = isinstance(answer, str) or (isinstance(answer, int | float) and isfinite(answer))
+        is_answer = isinstance(answer, str | int) or (isinstance(answer, float) and isfinite(answer))
         if not (isinstance(question, str) and question.strip() and is_answer and final):
             wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
             raise ValueError(f"{path}, line {line_number}: {wanted}, got {line.decode(errors='replace')[:60]!r}")
@@ -106,7 +106,7 @@ def download_gsm8k(split: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             url = f"{GSM8K}{split}.jsonl"
             torch.hub.download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[split])
-        except (OSError, RuntimeError) as error:  # no network, or another file
+        except Exception as error:  # no network, half of it, or another file
             raise ValueError(f"cannot download GSM8K ({error}): give --train_file and --test_file") from None
     return path
 

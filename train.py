@@ -22,7 +22,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +111,7 @@ class Config:
             if isinstance(value, int | float) and not low <= value <= 1e9:
                 problems.append(f"{name} is {value}, must be a number from {low} to 1e9")
         T_min, T_max = self.scope_temperature_min, self.scope_temperature_max
-        has_file, texts = self.train_file or self.test_file, (self.model, self.task, self.output_dir)
+        has_file = self.train_file or self.test_file
         prompts, rest = divmod(self.generation_batch_size, max(1, self.num_generations))
         impossible = {
             "generation_batch_size must be a multiple of num_generations": rest > 0,
@@ -119,9 +119,9 @@ class Config:
             "num_mini_batches is more than a step's prompts": self.num_mini_batches > prompts,
             "scope_temperature_min exceeds scope_temperature_max": T_min > T_max,
             "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
-            "model, task and output_dir must not be empty": "" in texts,
         }
         problems += [problem for problem, is_so in impossible.items() if is_so]
+        problems += [f"{name} is empty" for name, value in vars(self).items() if value == ""]
         check(not problems, "; ".join(problems))
 
 
@@ -147,15 +147,18 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
-        path = Path(args.output_dir or "") / "config.json"
         try:
+            path = Path(args.output_dir) / "config.json"
             options = json.loads(path.read_text()).items()
-            options = [f"--{name}={value}" for name, value in options if value is not None]
-            stored = vars(parser.parse_args(options))
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"nothing to resume: no run in --output_dir; {path}: {error}") from None
+            texts = [f"--{name}={value}" for name, value in options if value is not None]
+            stored = vars(parser.parse_args(texts))
+            wrong = [name for name, value in options if stored[name] != value]
+            check(not wrong, f"config.json has something else for {', '.join(wrong)} than it should")
+        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+            reason = f"--output_dir must name a run; {args.output_dir}: {error}"
+            raise ValueError(f"nothing to resume: {reason}") from None
     else:
-        without_gpu = "laptop" if "--model" in argv else "tiny"
+        without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
         folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")
         stored = runpy.run_path(PRESETS[preset])["PRESET"] if PRESETS[preset] else {}
@@ -188,10 +191,12 @@ class Run:
     writer: Any = None  # TensorBoard's, if wanted
 
     def stop(self, number: int, frame) -> None:
-        """What Ctrl-C and a scheduler's signal do: note it. The second time they interrupt."""
+        """Note a signal. The second time it interrupts, but for a terminal's end, which comes twice."""
         self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler)
-        os.write(2, b"\nends after this step; at once, if asked again\n")
+        again = signal.SIG_IGN if self.stopped_by == "SIGHUP" else signal.default_int_handler
+        signal.signal(number, again)
+        with suppress(OSError):  # who read it may have ended by the same signal
+            os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
 
 
 def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
@@ -355,10 +360,15 @@ def train(run: Run) -> None:
                 evaluate_once(run, f"step {step}")
             metrics, shown = train_step(run)
 
-            # To the files, and to the screen.
+            # To the files, and then to the screen, which may be gone.
             metrics_file.write(json.dumps(metrics) + "\n")
             for name, value in metrics.items() if run.writer else ():
                 run.writer.add_scalar(name, value, run.step)
+            if run.step % config.save_steps == 0 or run.step == config.max_steps or run.stopped_by:
+                os.fsync(metrics_file.fileno())
+                save_checkpoint(run)
+                if run.stopped_by:
+                    raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
             bar.set_postfix_str(summary({name: metrics[name] for name in SHOWN}))
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
@@ -367,12 +377,6 @@ def train(run: Run) -> None:
             idle = idle + 1 if metrics["grad_norm"] == 0 else 0
             if idle == 10:
                 tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
-
-            if run.step % config.save_steps == 0 or run.step == config.max_steps or run.stopped_by:
-                os.fsync(metrics_file.fileno())
-                save_checkpoint(run)
-                if run.stopped_by:
-                    raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
 
     evaluate_once(run, "after")
     with writing(output / "model"):
@@ -389,10 +393,15 @@ def summary(values: dict[str, float]) -> str:
 
 def set_up(config: Config) -> Run:
     """Everything a run needs, its checkpoint too. Raises ValueError, before anything is written."""
+    if config.report_to == "tensorboard":
+        from torch.utils import tensorboard  # or an error, before anything is done
     output = Path(config.output_dir)
-    fresh = config.resume or not (output / "config.json").exists()
-    check(fresh, f"{output} holds a run already: add --resume, or choose another --output_dir")
-    check(not (output / "model").is_file(), f"in {output} is a file where the model should go")
+    names = "config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"
+    found = [name for name in names if (output / name).exists() and not config.resume]
+    instead = "add --resume, or choose another --output_dir"
+    check(not found, f"{output} holds a run already ({', '.join(found)}): {instead}")
+    is_file = output.is_file() or (output / "model").is_file()
+    check(not is_file, f"{output} or {output / 'model'} is a file, where a folder should go")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
@@ -414,9 +423,7 @@ def set_up(config: Config) -> Run:
     if config.resume:
         load_checkpoint(run)
     if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(output, purge_step=run.step + 1)
+        run.writer = tensorboard.SummaryWriter(output, purge_step=run.step + 1)
     weight = config.scope_weight if config.scope_weight != config.scope_alpha else None  # alpha's
     write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
     return run
@@ -427,7 +434,10 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     questions = [problem.question for problem in task.train + task.test]
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
-    V, largest = model.get_input_embeddings().num_embeddings, max(map(max, ids))
+    same = len(set(map(tuple, ids))) == 1 < len(set(questions))
+    check(not same, f"all questions are the same to {config.model}: is its tokenizer complete?")
+    special = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
+    V, largest = model.get_input_embeddings().num_embeddings, max(map(max, [*ids, special]))
     check(largest < V, f"the tokenizer has a token {largest}, but the model only {V}")
     is_possible = config.scope_target_entropy < math.log(V)
     check(is_possible, f"scope_target_entropy must be below {math.log(V):.2f}, the log of {V} tokens")
@@ -445,7 +455,9 @@ def load_task(config: Config) -> reward.Task:
     else:
         try:
             task = runpy.run_path(config.task)["task"](config)
-        except Exception as error:  # whatever a file that is no task may raise
+            are_texts = [isinstance(problem.question, str) for problem in task.train + task.test]
+            check(task.train and all(are_texts), "there must be problems, whose questions are texts")
+        except (Exception, SystemExit) as error:  # whatever a file that is no task may raise
             needed = "gsm8k or a Python file with a function task"
             raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
@@ -459,7 +471,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"cannot write {path}: {first_line(error)}") from None
+        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from None
 
 
 def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
@@ -492,15 +504,17 @@ def load_checkpoint(run: Run) -> None:
     """Restore what `save_checkpoint` wrote, if it did. ValueError for a damaged or foreign file."""
     output = Path(run.config.output_dir)
     paths = [output / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
-    path = next((path for path in paths if path.exists()), None)
+    path, metrics = next((path for path in paths if path.exists()), None), output / "metrics.jsonl"
     if path is None:
+        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        check(rows <= run.config.save_steps, f"{metrics} has {rows} rows, but there is no checkpoint to go on from")
         return
     try:
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
-        state, metrics = content["state"], output / "metrics.jsonl"
+        state = content["state"]
         check(metrics.stat().st_size >= state["metrics_bytes"], f"{metrics} is shorter than it was")
         check(state["step"] <= run.config.max_steps, f"max_steps is below the {state['step']} done")
         vars(run).update({name: state[name] for name in STATE})
@@ -514,6 +528,7 @@ def main() -> None:
     """The command line: bad input ends in one line, an interruption in how to go on."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a model writes, a terminal may be unable to
     try:
         run = set_up(parse_config())
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
@@ -521,7 +536,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("stopped before it began")
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), run.stop)
+        if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which nohup asks for
+            signal.signal(getattr(signal, name), run.stop)
     resume = f"to go on: python train.py --resume --output_dir {shlex.quote(run.config.output_dir)}"
     try:
         train(run)

@@ -212,7 +212,7 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(torch, "save", lambda content, path: (path.write_bytes(b"half"), 1 / 0))
     resume = [*arguments, "--resume", "--max_steps", "4"]
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: division by zero"):
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt, is the disk full\? division by zero"):
         run(resume)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
     monkeypatch.undo()
@@ -300,7 +300,7 @@ def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, dama
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"cannot load the model|lacks weights|takes all text for the same|no model of such a name"
+        ValueError, match=r"cannot load the model|lacks weights|are the same to|no model of such a name"
     ) as error:
         train.set_up(train.parse_config(arguments))
     assert "\n" not in str(error.value)

@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
+from reward import check
 
 INVERTING = {"cpu"}  # where a random number for each token of the vocabulary costs too much
 SEGMENT = 64  # tokens between two looks at which rows have ended
@@ -102,12 +103,6 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
         return [tokenizer.apply_chat_template(chat, **options) for chat in tqdm(chats, "prompts", leave=False)]
     except Exception as error:  # whatever a template may raise
         raise ValueError(f"the model's chat template fails: {first_line(error)}") from None
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with a message for the user unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def first_line(error: Exception) -> str:

@@ -174,7 +174,6 @@ COMMAND_LINES = [
     ("--task gsm8k --train_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
     ("--task gsm8k --train_file /", "cannot read the data file /"),
     ("--task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
-    ("--output_dir {home}/data.jsonl", "data.jsonl or .* is a file, where a folder should go"),
     ("--output_dir " + "x" * 300, "error: .*x{300}|File name too long"),
     ("--report_to tensorboard", "tensorboard"),
     ("--max_steps 0 --epsilon 2 --seed -1 --model ''", "max_steps is 0.*seed is -1|seed is -1.*max_steps is 0.*epsilon must be.*model is empty"),
@@ -415,7 +414,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (without("eval.json"), "", None),
     (without("model"), "", None),
     (bytes_of("model/config.json", lambda content: b"{"), "", None),
-    (lambda folder: (without("model")(folder), (folder / "model").write_text("of mine")), "", "model is a file, where a folder should go"),
+    (lambda folder: (without("model")(folder), (folder / "model").write_text("of mine")), "", "model is a file, where the model should go"),
     (lambda folder: (folder / "checkpoint.pt.tmp").write_bytes(b"half"), "", None),
 ]  # fmt: skip
 
@@ -445,6 +444,12 @@ def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, fi
         files = [load_file(path / "model" / "model.safetensors") for path in (folder, finished / "6")]
         assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
         assert files[0].keys() == files[1].keys()
+
+
+def test_a_file_where_the_folder_should_go_ends_in_a_line_and_stays(arguments, home, monkeypatch):
+    before = files_in(home)
+    assert re.match("error: .*exists: .*data.jsonl", go([*arguments, "--output_dir", home / "data.jsonl"], monkeypatch))
+    assert files_in(home) == before
 
 
 @pytest.mark.parametrize("name", ["eval.json", "lock"])
@@ -984,13 +989,14 @@ def test_after_a_signal_the_step_is_finished_and_saved_and_how_to_go_on_is_said(
     assert metrics_of(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM")])
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")])
 def test_a_second_signal_stops_at_once(first, second, asleep, server, tmp_path):
     process = Process(server, asleep(600), tmp_path / "said")
     wait_for((tmp_path / "asleep").exists)
     process.send(getattr(signal, first))
     wait_for(lambda: "ends after this step" in (tmp_path / "said").read_text())
-    time.sleep(0.2)
+    process.send(getattr(signal, first))  # within a second it is the same one, as `timeout` sends it to its group, too
+    time.sleep(1.1)
     assert not any(line.startswith("stopped") for line in (tmp_path / "said").read_text().split("\n"))
     start = time.monotonic()
     process.send(getattr(signal, second))
@@ -1168,13 +1174,11 @@ def test_sampling_from_a_policy_that_is_not_finite_does_not_break_the_device(mon
     assert sampler.noted[0][1].isfinite().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("right", "said"), [(10**9, 1), (9 * 40, 0), (12 * 40, 1)], ids=["never", "in the tenth step", "late"]
-)
-def test_ten_idle_steps_are_said_once(right, said, arguments, tmp_path, monkeypatch, capsys):
-    """No reward until a number of completions, of which a step has 40: nothing to learn from."""
+@pytest.mark.parametrize(("rewarded", "said"), [(None, 1), (10, 0), (7, 0), (11, 1)])
+def test_ten_idle_steps_in_a_row_are_said_once(rewarded, said, arguments, tmp_path, monkeypatch, capsys):
+    """Of 13 steps, each of 40 completions, only one has rewards, or none: nothing to learn from in the others."""
     lines = ["import countdown", "calls = 0", "def reward(problem, completion):", "    global calls", "    calls += 1"]
-    lines += [f"    return float(calls > {right} and len(completion) % 2)", "def task(config):"]
+    lines += [f"    return float((calls - 1) // 40 + 1 == {rewarded} and len(completion) % 2)", "def task(config):"]
     lines += ["    return countdown.task(config)._replace(reward=reward)"]
     (tmp_path / "dull.py").write_text("\n".join(lines))
     more = ["--task", f"{tmp_path}/dull.py", "--max_steps", 13, "--num_eval_problems", 0]
@@ -1183,8 +1187,7 @@ def test_ten_idle_steps_are_said_once(right, said, arguments, tmp_path, monkeypa
         capsys.readouterr().out.count("ten steps had nothing to learn from: in each group all rewards are equal")
         == said
     )
-    idle = [row["grad_norm"] == 0 for row in metrics_of(tmp_path / "run")]
-    assert idle[: min(13, right // 40)] == [True] * min(13, right // 40)
+    assert [row["grad_norm"] > 0 for row in metrics_of(tmp_path / "run")] == [step == rewarded for step in range(1, 14)]
 
 
 def test_the_checkpoint_before_the_last_is_kept_and_taken_if_the_last_is_missing(

@@ -97,9 +97,9 @@ def test_what_is_printed_is_what_the_answer_says(number, changed):
     (shown,) = re.findall(r"It prints (.*?)\.\s", EXERCISES[number], re.DOTALL)
     pairs = re.findall(r"([\d.]+%?) -> ([\d.]+%?)", " ".join(shown.split()))
     changed(None)
-    before = sum(look(number), [])
+    before = [value for values in look(number) for value in values]
     changed(number)
-    after = sum(look(number), [])
+    after = [value for values in look(number) for value in values]
     assert len(pairs) == len(before) == len(after)
     for pair, values in zip(pairs, zip(before, after, strict=True), strict=True):
         for text, value in zip(pair, values, strict=True):

@@ -44,6 +44,12 @@ GSM8K_SHA256 = {
 }
 
 
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with a message for the user unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 def number(text: str) -> Decimal | None:
     """`$1,200.50` -> 1200.50; None if the text is no number or has more than 40 characters."""
     if len(text) > 40 or not NUMBER.fullmatch(text):
@@ -92,8 +98,7 @@ def load_problems(path: str | Path) -> list[Problem]:
             wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
             raise ValueError(f"{path}, line {line_number}: {wanted}, got {line.decode(errors='replace')[:60]!r}")
         problems.append(Problem(question, final))
-    if not problems:
-        raise ValueError(f"{path} holds no problems")
+    check(len(problems) > 0, f"{path} holds no problems")
     return problems
 
 
@@ -119,15 +124,13 @@ def question_answer(train_file: str | None, test_file: str | None) -> Task:
     else:
         held_out = -(-len(train) // 10)
         train, test = train[:-held_out], train[-held_out:]
-        if not train:
-            raise ValueError(f"{train_file} holds one problem: without --test_file it takes two or more")
+        check(len(train) > 0, f"{train_file} holds one problem: without --test_file it takes two or more")
     return Task(train, test, INSTRUCTION, answer_reward)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Pass@k's unbiased estimate (Chen et al. 2021, equation 1) from c right of n; or ValueError."""
-    if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    check(0 <= c <= n and 1 <= k <= n, f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 

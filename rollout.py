@@ -22,18 +22,13 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
+from reward import check
 
 INVERTING = {"cpu"}  # where a random number for each token of the vocabulary costs too much
 SEGMENT = 64  # tokens between two looks at which rows have ended
 ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name before transformers 5.24
 LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError with a message for the user unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def first_line(error: Exception) -> str:

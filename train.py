@@ -38,7 +38,8 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from rollout import check, first_line
+from reward import check
+from rollout import first_line
 
 
 # --- Config
@@ -138,10 +139,9 @@ TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab")
 PRESETS = {"qwen3-0.6b": None, "laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
+def parse_config(argv: list[str]) -> Config:
     """The command line over the preset (--resume: over the run's config) over the defaults. Raises
     ValueError for what is none of the options, or does not go together."""
-    argv = sys.argv[1:] if argv is None else argv
     about = __doc__.partition("\n")[0]
     parser = transformers.HfArgumentParser(Config, description=about, allow_abbrev=False)
     parser.error = lambda message: check(False, message)
@@ -160,9 +160,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
-        folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")
         stored = runpy.run_path(PRESETS[preset])["PRESET"] if PRESETS[preset] else {}
-        stored |= {"preset": preset, "output_dir": folder}
+        stored |= {"preset": preset, "output_dir": time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")}
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
     changed = [name for name in KEPT if args.resume and getattr(args, name) != stored[name]]
@@ -188,13 +187,14 @@ class Run:
     integral: float = 0.0  # I of the temperature rule
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # what eval.json holds
     stopped_by: str = ""  # a signal, after which the run ends with the step it is in
+    stopped_at: float = math.inf  # when it came, by time.monotonic
     writer: Any = None  # TensorBoard's, if wanted
 
     def stop(self, number: int, frame) -> None:
-        """Note a signal. The second time it interrupts, but for a terminal's end, which comes twice."""
-        self.stopped_by = signal.Signals(number).name
-        again = signal.SIG_IGN if self.stopped_by == "SIGHUP" else signal.default_int_handler
-        signal.signal(number, again)
+        """Note a signal. A later one interrupts; within a second it is the same: `timeout` sends two."""
+        if time.monotonic() > self.stopped_at + 1:
+            raise KeyboardInterrupt
+        self.stopped_by, self.stopped_at = signal.Signals(number).name, min(self.stopped_at, time.monotonic())
         with suppress(OSError):  # who read it may have ended by the same signal
             os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
 
@@ -400,8 +400,7 @@ def set_up(config: Config) -> Run:
     found = [name for name in names if (output / name).exists() and not config.resume]
     instead = "add --resume, or choose another --output_dir"
     check(not found, f"{output} holds a run already ({', '.join(found)}): {instead}")
-    is_file = output.is_file() or (output / "model").is_file()
-    check(not is_file, f"{output} or {output / 'model'} is a file, where a folder should go")
+    check(not (output / "model").is_file(), f"{output / 'model'} is a file, not a folder")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
@@ -455,8 +454,7 @@ def load_task(config: Config) -> reward.Task:
     else:
         try:
             task = runpy.run_path(config.task)["task"](config)
-            are_texts = [isinstance(problem.question, str) for problem in task.train + task.test]
-            check(task.train and all(are_texts), "there must be problems, whose questions are texts")
+            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no problems")
         except (Exception, SystemExit) as error:  # whatever a file that is no task may raise
             needed = "gsm8k or a Python file with a function task"
             raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
@@ -530,7 +528,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="backslashreplace")  # what a model writes, a terminal may be unable to
     try:
-        run = set_up(parse_config())
+        run = set_up(parse_config(sys.argv[1:]))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {first_line(error)}")
     except KeyboardInterrupt:

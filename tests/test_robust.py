@@ -9,7 +9,6 @@ import http.client
 import json
 import math
 import os
-import pty
 import random
 import re
 import shlex
@@ -19,10 +18,8 @@ import subprocess
 import sys
 import time
 import types
-from decimal import Decimal
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import transformers
@@ -174,7 +171,6 @@ COMMAND_LINES = [
     ("--task gsm8k --train_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
     ("--task gsm8k --train_file /", "cannot read the data file /"),
     ("--task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl", "cannot read the data file nothing.jsonl"),
-    ("--output_dir {home}/data.jsonl", "data.jsonl or .* is a file, where a folder should go"),
     ("--output_dir " + "x" * 300, "error: .*x{300}|File name too long"),
     ("--report_to tensorboard", "tensorboard"),
     ("--max_steps 0 --epsilon 2 --seed -1 --model ''", "max_steps is 0.*seed is -1|seed is -1.*max_steps is 0.*epsilon must be.*model is empty"),
@@ -415,7 +411,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (without("eval.json"), "", None),
     (without("model"), "", None),
     (bytes_of("model/config.json", lambda content: b"{"), "", None),
-    (lambda folder: (without("model")(folder), (folder / "model").write_text("of mine")), "", "model is a file, where a folder should go"),
+    (lambda folder: (without("model")(folder), (folder / "model").write_text("of mine")), "", "model is a file, not a folder"),
     (lambda folder: (folder / "checkpoint.pt.tmp").write_bytes(b"half"), "", None),
 ]  # fmt: skip
 
@@ -445,6 +441,12 @@ def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, fi
         files = [load_file(path / "model" / "model.safetensors") for path in (folder, finished / "6")]
         assert all(torch.equal(files[0][name], files[1][name]) for name in files[1])
         assert files[0].keys() == files[1].keys()
+
+
+def test_a_file_where_the_folder_should_go_ends_in_a_line_and_stays(arguments, home, monkeypatch):
+    before = files_in(home)
+    assert re.match("error: .*exists: .*data.jsonl", go([*arguments, "--output_dir", home / "data.jsonl"], monkeypatch))
+    assert files_in(home) == before
 
 
 @pytest.mark.parametrize("name", ["eval.json", "lock"])
@@ -741,8 +743,7 @@ ANSWERS = {  # the gold answer: {what is right for it}, {what is not}
     ),
     "1": ("#### 1|#### 1.0|#### 1e0|#### 2/2 = 1|#### 0001", "#### 1/2|#### 1,000|#### 1 000|#### 1_000|#### 1'000|#### -1|#### .1|#### 1:30|#### 1-2|\\boxed{1/2}|#### 10^1"),
     "2": ("#### 2|1/2 of 4 is 2", "#### 1/2|\\boxed{\\frac{1}{2}}|\\boxed{\\frac{\\sqrt{3}}{2}}|\\boxed{1/2}|#### 2 1/2|#### 2:1|#### 2 000"),
-    "5": ("#### 5|#### 10-5=5|10 - 5 = 5|#### 5.", "#### \u22125|#### -5|#### .5|#### 0.5|#### 5-|#### 10-5|\\boxed{-5}|\\boxed{\u22125}|so x is \u22125"
-          .replace("#### 5-|", "")),
+    "5": ("#### 5|#### 10-5=5|10 - 5 = 5|#### 5.|#### 5-", "#### \u22125|#### -5|#### .5|#### 0.5|#### 10-5|\\boxed{-5}|\\boxed{\u22125}|so x is \u22125"),
     "-5": ("#### -5|#### \u22125|#### -5.0|#### -$5|#### $-5|#### 5 - 10 = -5|\\boxed{-5}|\\boxed{\u22125}|it is \u22125|#### x=-5", "#### 5|#### 10-5|#### - 5|#### 0-5|it is 10-5"),
     "\u22125": ("#### -5|#### \u22125|\\boxed{\u22125}", "#### 5"),
     "0.5": ("#### .5|#### 0.5|#### 0.50|#### $.50|#### 5e-1|#### 1/2 = .5|\\boxed{.5}|it is .5", "#### 5|#### 1/2|#### 0,5|#### -.5|#### 0 5|#### ..5.5|#### 50%"),
@@ -789,13 +790,8 @@ def test_numbers_are_those_that_float_reads():
         for text in ways:
             plain = text.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
             for gold in (value, -value, value + 1, value * 10):
-                wanted = math.isclose(float(plain), float(gold), rel_tol=1e-12)
-                if float(plain) != float(Decimal(plain)) or wanted != (float(plain) == gold):
-                    continue  # rounding in printing
-                assert reward.answer_reward(reward.Problem("?", str(gold)), f"#### {text}") == float(wanted), (
-                    text,
-                    gold,
-                )
+                wanted = float(float(plain) == gold)
+                assert reward.answer_reward(reward.Problem("?", str(gold)), f"#### {text}") == wanted, (text, gold)
 
 
 PIECES = [
@@ -864,7 +860,8 @@ for line in sys.stdin:  # what a process of train.py is to be, or whose end to w
     if pid == 0:
         os.close(0)
         os.setsid()
-        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)  # a terminal becomes this session's
+        mode = os.O_RDWR if job["output"].startswith("/dev/") else os.O_WRONLY  # a terminal becomes this session's
+        output = os.open(job["output"], mode | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
         if job["limit"]:
@@ -926,6 +923,7 @@ class Process:
 
 @pytest.fixture(scope="module")
 def server():
+    pytest.importorskip("resource", reason="processes are forked")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "theory" / "tiny")))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -982,13 +980,15 @@ def test_after_a_signal_the_step_is_finished_and_saved_and_how_to_go_on_is_said(
     assert metrics_of(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM")])
+@pytest.mark.parametrize(("first", "second"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGTERM", "SIGINT")])
 def test_a_second_signal_stops_at_once(first, second, asleep, server, tmp_path):
     process = Process(server, asleep(600), tmp_path / "said")
     wait_for((tmp_path / "asleep").exists)
     process.send(getattr(signal, first))
     wait_for(lambda: "ends after this step" in (tmp_path / "said").read_text())
-    time.sleep(0.2)
+    time.sleep(0.4)
+    process.send(getattr(signal, first))  # within a second it is the same one, as `timeout` sends it to its group, too
+    time.sleep(0.8)
     assert not any(line.startswith("stopped") for line in (tmp_path / "said").read_text().split("\n"))
     start = time.monotonic()
     process.send(getattr(signal, second))
@@ -1001,7 +1001,7 @@ def test_a_second_signal_stops_at_once(first, second, asleep, server, tmp_path):
 
 def test_a_closed_terminal_costs_no_step(asleep, server, tmp_path):
     """It sends SIGHUP, twice where a shell passes it on, and takes no more text: not a reason to lose anything."""
-    ours, theirs = pty.openpty()
+    ours, theirs = pytest.importorskip("pty").openpty()
     process = Process(server, [*asleep(1), "--logging_steps", "1"], os.ttyname(theirs))
     os.set_blocking(ours, False)
     while not (tmp_path / "asleep").exists():
@@ -1166,13 +1166,11 @@ def test_sampling_from_a_policy_that_is_not_finite_does_not_break_the_device(mon
     assert sampler.noted[0][1].isfinite().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("right", "said"), [(10**9, 1), (9 * 40, 0), (12 * 40, 1)], ids=["never", "in the tenth step", "late"]
-)
-def test_ten_idle_steps_are_said_once(right, said, arguments, tmp_path, monkeypatch, capsys):
-    """No reward until a number of completions, of which a step has 40: nothing to learn from."""
+@pytest.mark.parametrize(("rewarded", "said"), [(None, 1), (10, 0), (7, 0), (11, 1)])
+def test_ten_idle_steps_in_a_row_are_said_once(rewarded, said, arguments, tmp_path, monkeypatch, capsys):
+    """Of 13 steps, each of 40 completions, only one has rewards, or none: nothing to learn from in the others."""
     lines = ["import countdown", "calls = 0", "def reward(problem, completion):", "    global calls", "    calls += 1"]
-    lines += [f"    return float(calls > {right} and len(completion) % 2)", "def task(config):"]
+    lines += [f"    return float((calls - 1) // 40 + 1 == {rewarded} and len(completion) % 2)", "def task(config):"]
     lines += ["    return countdown.task(config)._replace(reward=reward)"]
     (tmp_path / "dull.py").write_text("\n".join(lines))
     more = ["--task", f"{tmp_path}/dull.py", "--max_steps", 13, "--num_eval_problems", 0]
@@ -1181,8 +1179,7 @@ def test_ten_idle_steps_are_said_once(right, said, arguments, tmp_path, monkeypa
         capsys.readouterr().out.count("ten steps had nothing to learn from: in each group all rewards are equal")
         == said
     )
-    idle = [row["grad_norm"] == 0 for row in metrics_of(tmp_path / "run")]
-    assert idle[: min(13, right // 40)] == [True] * min(13, right // 40)
+    assert [row["grad_norm"] > 0 for row in metrics_of(tmp_path / "run")] == [step == rewarded for step in range(1, 14)]
 
 
 def test_the_checkpoint_before_the_last_is_kept_and_taken_if_the_last_is_missing(
@@ -1333,19 +1330,17 @@ def test_killed_terminated_and_interrupted_forty_times_a_run_ends_as_if_left_alo
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_a_thousand_steps_take_no_more_memory_or_files_than_a_hundred(arguments, tmp_path, monkeypatch):
-    process, seen, step = psutil.Process(), {}, train.train_step
+    seen, step, proc = {}, train.train_step, Path("/proc/self")
 
     def watched(run):
         if run.step % 100 == 0:
             gc.collect()
-            seen[run.step] = (
-                process.memory_info().rss / 2**20,
-                process.num_fds(),
-                threads := process.num_threads(),
-                len(gc.get_objects()),
-            )
-            print(run.step, seen[run.step], threads)
+            memory = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
+            counts = [len(list((proc / kind).iterdir())) for kind in ("fd", "task")]
+            seen[run.step] = (memory, *counts, len(gc.get_objects()))
+            print(run.step, seen[run.step])
         return step(run)
 
     monkeypatch.setattr(train, "train_step", watched)

@@ -137,7 +137,7 @@ MOVES = {
         own["entropy"] < scope["entropy"] - 0.02
         and own["entropy"] == pytest.approx(0.4 - (own["scope_temperature"] - 1) / 2, abs=0.01)
     ),
-    7: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.03 and own["scope_temperature"] > 1.4,
+    7: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.02 and own["scope_temperature"] > 1.35,
     8: lambda own, scope, grpo: own["entropy"] == pytest.approx(scope["entropy"], abs=0.04),
     9: lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.04 and own["scope_temperature"] > 1.35,
     10: lambda own, scope, grpo: own["entropy"] == pytest.approx(0.4, abs=0.03),

@@ -21,8 +21,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +37,7 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from reward import check
-from rollout import first_line
+from reward import check, explaining, first_line
 
 
 # --- Config
@@ -147,16 +145,13 @@ def parse_config(argv: list[str]) -> Config:
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
-        try:
+        with explaining(f"nothing to resume: --output_dir must name a run; {args.output_dir}"):
             path = Path(args.output_dir) / "config.json"
             options = json.loads(path.read_text()).items()
             texts = [f"--{name}={value}" for name, value in options if value is not None]
             stored = vars(parser.parse_args(texts))
             wrong = [name for name, value in options if stored[name] != value]
             check(not wrong, f"config.json has something else for {', '.join(wrong)} than it should")
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-            reason = f"--output_dir must name a run; {args.output_dir}: {error}"
-            raise ValueError(f"nothing to resume: {reason}") from None
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
@@ -379,7 +374,7 @@ def train(run: Run) -> None:
                 tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
 
     evaluate_once(run, "after")
-    with writing(output / "model"):
+    with explaining(f"cannot write {output / 'model'} (is the disk full?)", OSError):
         run.model.save_pretrained(output / "model")
         run.tokenizer.save_pretrained(output / "model")
     print(f"config, metrics, evaluations and the model are in {output}")
@@ -414,11 +409,9 @@ def set_up(config: Config) -> Run:
     run = Run(config, task, prompts, model, tokenizer, optimizer)
 
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        run.lock = filelock.FileLock(output / "lock")  # held for as long as the run lives
-        run.lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"another run writes into {output}: choose another --output_dir") from None
+    run.lock = filelock.FileLock(output / "lock", timeout=0)  # held for as long as the run lives
+    with explaining(f"cannot lock {output} (does another run write into it?)"):
+        run.lock.acquire()
     if config.resume:
         load_checkpoint(run)
     if config.report_to == "tensorboard":
@@ -452,31 +445,20 @@ def load_task(config: Config) -> reward.Task:
     if config.task == "gsm8k":
         task = reward.question_answer(config.train_file, config.test_file)
     else:
-        try:
+        needed = "gsm8k or a Python file with a function task"
+        with explaining(f"--task must be {needed}, not {config.task}"):
             task = runpy.run_path(config.task)["task"](config)
             check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no problems")
-        except (Exception, SystemExit) as error:  # whatever a file that is no task may raise
-            needed = "gsm8k or a Python file with a function task"
-            raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     return task._replace(train=train, test=test)
 
 
 # --- Files
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make what a full or read-only disk raises in there, each library its own, an OSError."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from None
-
-
 def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
     """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file, which
     goes to `previous` if that is given. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with writing(path):
+    with explaining(f"cannot write {path} (is the disk full?)", OSError):
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         else:
@@ -507,7 +489,7 @@ def load_checkpoint(run: Run) -> None:
         rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         check(rows <= run.config.save_steps, f"{metrics} has {rows} rows, but there is no checkpoint to go on from")
         return
-    try:
+    with explaining(f"cannot resume from {path} (the one before it is {paths[1].name})"):
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
@@ -517,9 +499,6 @@ def load_checkpoint(run: Run) -> None:
         check(state["step"] <= run.config.max_steps, f"max_steps is below the {state['step']} done")
         vars(run).update({name: state[name] for name in STATE})
         os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
-    except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
-        reason = f"{first_line(error)} (the one before it is {paths[1].name})"
-        raise ValueError(f"cannot resume from {path}: {reason}") from None
 
 
 def main() -> None:

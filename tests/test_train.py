@@ -212,7 +212,7 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(torch, "save", lambda content, path: (path.write_bytes(b"half"), 1 / 0))
     resume = [*arguments, "--resume", "--max_steps", "4"]
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt, is the disk full\? division by zero"):
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt \(is the disk full\?\): division by zero"):
         run(resume)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
     monkeypatch.undo()

@@ -336,7 +336,8 @@ def evaluate_once(run: Run, name: str) -> None:
     if name not in run.evaluations:
         run.evaluations[name] = evaluate(run)
         write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
-    tqdm.write(f"{name}: {summary(run.evaluations[name])}")
+    means = ", ".join(f"{key} {value:.3f}" for key, value in run.evaluations[name].items())
+    tqdm.write(f"{name}: {means}")
 
 
 def train(run: Run) -> None:
@@ -364,7 +365,7 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
                 if run.stopped_by:
                     raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
-            bar.set_postfix_str(summary({name: metrics[name] for name in SHOWN}))
+            bar.set_postfix({name: metrics[name] for name in SHOWN})
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
@@ -377,13 +378,7 @@ def train(run: Run) -> None:
     with explaining(f"cannot write {output / 'model'} (is the disk full?)", OSError):
         run.model.save_pretrained(output / "model")
         run.tokenizer.save_pretrained(output / "model")
-    print(f"config, metrics, evaluations and the model are in {output}")
-    print(f"to see its course: python theory/lab/plot.py {output}")
-
-
-def summary(values: dict[str, float]) -> str:
-    """Names and values in a line."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    print(f"all is in {output}; to see its course: python theory/lab/plot.py {output}")
 
 
 def set_up(config: Config) -> Run:

@@ -94,24 +94,20 @@ def answer_reward(problem: Problem, completion: str) -> float:
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a JSONL file; the final answer is what follows `####`, or the whole field. Raises
     ValueError, naming file and line, if the file cannot be read or a line is not a problem."""
-    problems = []
+    problems, wanted = [], 'expected an object like {"question": "...", "answer": "... #### 42"}'
     with explaining(f"cannot read the data file {path}"):
         lines = Path(path).read_bytes().split(b"\n")
     for line_number, line in enumerate(tqdm(lines, "read", leave=False), start=1):
         if not line.strip():
             continue
-        try:
+        with explaining(f"{path}, line {line_number}: {wanted}, got {line[:60].decode(errors='replace')!r}"):
             record = json.loads(line)
-            question, answer = record["question"], record["answer"]
+            question, answer = record["question"], final_answer(f"#### {record['answer']}")
             f"{question}{answer}".encode()  # or a half of a surrogate pair, which no tokenizer takes
-        except (ValueError, KeyError, TypeError, RecursionError):
-            question = answer = None
-        final = str(answer).rpartition("####")[2].strip().partition("\n")[0].strip()
-        is_answer = isinstance(answer, str | int) or (isinstance(answer, float) and isfinite(answer))
-        if not (isinstance(question, str) and question.strip() and is_answer and final):
-            wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
-            raise ValueError(f"{path}, line {line_number}: {wanted}, got {line.decode(errors='replace')[:60]!r}")
-        problems.append(Problem(question, final))
+            is_answer = isinstance(record["answer"], str | int) or isfinite(record["answer"])
+            check(isinstance(question, str) and question.strip(), "the question must be a text")
+            check(answer and is_answer, "the answer is empty or infinite")
+            problems.append(Problem(question, answer))
     check(len(problems) > 0, f"{path} holds no problems")
     return problems
 

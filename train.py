@@ -469,7 +469,6 @@ def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
     state = {name: getattr(run, name) for name in STATE}
-    state["metrics_bytes"] = path.with_name("metrics.jsonl").stat().st_size
     weights, moments = run.model.state_dict(), run.optimizer.state_dict()
     content = {"model": weights, "optimizer": moments, "state": state}
     write_whole(path, content, path.with_name("checkpoint-previous.pt"))
@@ -480,9 +479,9 @@ def load_checkpoint(run: Run) -> None:
     output = Path(run.config.output_dir)
     paths = [output / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
     path, metrics = next((path for path in paths if path.exists()), None), output / "metrics.jsonl"
+    rows = metrics.read_bytes().split(b"\n")[:-1] if metrics.is_file() else []  # the whole ones
     if path is None:
-        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        check(rows <= run.config.save_steps, f"{metrics} has {rows} rows, but there is no checkpoint to go on from")
+        check(len(rows) <= run.config.save_steps, f"{metrics} has {len(rows)} rows, but no checkpoint")
         return
     with explaining(f"cannot resume from {path} (the one before it is {paths[1].name})"):
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
@@ -490,10 +489,10 @@ def load_checkpoint(run: Run) -> None:
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         state = content["state"]
-        check(metrics.stat().st_size >= state["metrics_bytes"], f"{metrics} is shorter than it was")
+        check(state["step"] <= len(rows), f"{metrics} is shorter than it was")
         check(state["step"] <= run.config.max_steps, f"max_steps is below the {state['step']} done")
         vars(run).update({name: state[name] for name in STATE})
-        os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
+        os.truncate(metrics, sum(len(row) + 1 for row in rows[: state["step"]]))  # later ones go
 
 
 def main() -> None:

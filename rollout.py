@@ -153,8 +153,6 @@ def generate(
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values, in buffers that grow by a segment; no token makes copies of all."""
 
-    room = 0  # tokens that the buffers have room for
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device, dtype = key_states.device.type, key_states.dtype
         if torch.is_autocast_enabled(device):  # which leaves Qwen3's, normalised, in float32
@@ -162,19 +160,19 @@ class GrowingLayer(DynamicLayer):
         new = key_states.to(dtype), value_states.to(dtype)  # [b, heads, n, head_dim] each
         if not self.is_initialized:
             self.lazy_initialization(*new)
-            self.keys, self.values = (x[..., :0, :] for x in new)
+            self.keys, self.values = self.buffers = [x[..., :0, :] for x in new]
         start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
-        if length > self.room:
-            self.room = length + SEGMENT
-            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
+        if length > self.buffers[0].shape[-2]:
+            room = (0, 0, 0, length + SEGMENT - start)
+            self.buffers = [F.pad(x, room) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer[..., start:length, :] = x
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # makes copies
-        self.room, self.buffers = 0, []
+        super().batch_select_indices(indices)  # makes copies, without room
+        self.buffers = [self.keys, self.values]
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:

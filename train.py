@@ -146,8 +146,7 @@ def parse_config(argv: list[str]) -> Config:
     args = parser.parse_args(argv)
     if args.resume:
         with explaining(f"nothing to resume: --output_dir must name a run; {args.output_dir}"):
-            path = Path(args.output_dir) / "config.json"
-            options = json.loads(path.read_text()).items()
+            options = json.loads((Path(args.output_dir) / "config.json").read_text()).items()
             texts = [f"--{name}={value}" for name, value in options if value is not None]
             stored = vars(parser.parse_args(texts))
             wrong = [name for name, value in options if stored[name] != value]

@@ -56,7 +56,7 @@ class Config:
     resume: bool = option(False, "go on with the run in output_dir, by its config but for options")
     seed: int = option(0, "of everything random in training; evaluation is always drawn alike")
     max_steps: int = option(500, "steps; each samples once")
-    save_steps: int = option(50, "steps between checkpoints; the last is kept")
+    save_steps: int = option(50, "steps between checkpoints; the last two are kept")
     eval_steps: int = option(0, "steps between evaluations on the way, 0 for none")
     logging_steps: int = option(25, "steps between completions shown on screen, 0 for none")
     report_to: Literal["none", "tensorboard"] = option("none", "where metrics go as well")
@@ -222,11 +222,11 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     run.step += 1
     metrics = {
         "step": run.step,
-        "reward": groups.mean().item(),  # share of the ordinary completions that are right
+        "reward": groups.mean().item(),  # of the ordinary completions: without grades, the right ones' share
         "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
-        "scope_positive_frac": rewards[N:].mean().item() if M else 0.0,  # the reinforced ones
+        "scope_positive_frac": (rewards[N:] == 1).float().mean().item() if M else 0.0,  # reinforced
         "loss": loss,  # -J, like the next two a mean over the step's mini-batches
         "grad_norm": norm,  # before it was clipped
         "clip_fraction": clip_fraction,  # tokens whose gradient the ratio's clip removed
@@ -323,7 +323,7 @@ def evaluate(run: Run) -> dict[str, float]:
         texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    num_right = [int(sum(rewards[g])) for g in groups]
+    num_right = [rewards[g].count(1) for g in groups]  # grades below 1 are not right
     ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
     values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in ks}
     values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
@@ -381,7 +381,7 @@ def train(run: Run) -> None:
 
 
 def set_up(config: Config) -> Run:
-    """Everything a run needs, its checkpoint too. Raises ValueError, before anything is written."""
+    """Everything a run needs, its checkpoint too. Raises ValueError before it writes, but for a lock."""
     if config.report_to == "tensorboard":
         from torch.utils import tensorboard  # or an error, before anything is done
     output = Path(config.output_dir)

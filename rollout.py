@@ -51,8 +51,7 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     missing = min(info["missing_keys"], default=None)
     check(missing is None, f"the model {name} lacks weights, for example {missing}")
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
-    is_finite = all(weight.isfinite().all() for weight in model.parameters())
-    check(is_finite, f"weights of {name} are not finite")
+    check(all(w.isfinite().all() for w in model.parameters()), f"weights of {name} are not finite")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)

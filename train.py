@@ -150,7 +150,7 @@ def parse_config(argv: list[str]) -> Config:
             texts = [f"--{name}={value}" for name, value in options if value is not None]
             stored = vars(parser.parse_args(texts))
             wrong = [name for name, value in options if stored[name] != value]
-            check(not wrong, f"config.json has something else for {', '.join(wrong)} than it should")
+            check(not wrong, f"config.json has something else for {', '.join(wrong)}")
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
@@ -222,7 +222,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     run.step += 1
     metrics = {
         "step": run.step,
-        "reward": groups.mean().item(),  # of the ordinary completions: without grades, the right ones' share
+        "reward": groups.mean().item(),  # mean of the ordinary completions
         "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
@@ -256,11 +256,10 @@ def control(run: Run) -> tuple[float, int]:
 
 def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
     """The `count` problems of a step: passes over all of them, each in its own random order."""
-    size, first = len(problems), step * count
-    passes = range(first // size, (first + count - 1) // size + 1)
-    orders = [np.random.default_rng([seed, number]).permutation(size) for number in passes]
-    order = np.concatenate(orders)[first - passes.start * size :]
-    return [problems[i] for i in order[:count]]
+    size = len(problems)
+    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]  # pass, place in it
+    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n in {n for n, _ in places}}
+    return [problems[orders[n][i]] for n, i in places]
 
 
 def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Rollout, Tensor]:
@@ -368,7 +367,7 @@ def train(run: Run) -> None:
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
-                    tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
+                    tqdm.write(f"  T {T:.2f}, reward {R:g}: {question!r:.100} -> {text!r:.400}")
             idle = idle + 1 if metrics["grad_norm"] == 0 else 0
             if idle == 10:
                 tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
@@ -381,7 +380,7 @@ def train(run: Run) -> None:
 
 
 def set_up(config: Config) -> Run:
-    """Everything a run needs, its checkpoint too. Raises ValueError before it writes, but for a lock."""
+    """Everything a run needs, and its checkpoint. ValueError before it writes, the lock apart."""
     if config.report_to == "tensorboard":
         from torch.utils import tensorboard  # or an error, before anything is done
     output = Path(config.output_dir)
@@ -429,7 +428,7 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     check(is_possible, f"scope_target_entropy must be below {math.log(V):.2f}, the log of {V} tokens")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest, question = max(zip(map(len, ids), questions, strict=True))
-    too_long = f"{longest} prompt tokens + max_completion_length exceed the model's {room} positions"
+    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions"
     check(longest + config.max_completion_length <= room, f"{too_long}: {question!r:.60}")
     return dict(zip(questions, prompts, strict=True))
 
@@ -480,7 +479,7 @@ def load_checkpoint(run: Run) -> None:
     path, metrics = next((path for path in paths if path.exists()), None), output / "metrics.jsonl"
     rows = metrics.read_bytes().split(b"\n")[:-1] if metrics.is_file() else []  # the whole ones
     if path is None:
-        check(len(rows) <= run.config.save_steps, f"{metrics} has {len(rows)} rows, but no checkpoint")
+        check(len(rows) <= run.config.save_steps, f"{metrics} has {len(rows)} rows, no checkpoint")
         return
     with explaining(f"cannot resume from {path} (the one before it is {paths[1].name})"):
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
@@ -498,7 +497,7 @@ def main() -> None:
     """The command line: bad input ends in one line, an interruption in how to go on."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a model writes, a terminal may be unable to
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     try:
         run = set_up(parse_config(sys.argv[1:]))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:

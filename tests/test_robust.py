@@ -358,7 +358,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (config_with(scope_temperature_min=9), "", "exceeds scope_temperature_max"),
     (config_with(seed=-1), "", "seed is -1"),
     (config_with(seed=[]), "", ELSE + "invalid int value"),
-    (config_with(max_completion_length=60), "", "exceed the model's 64 positions"),
+    (config_with(max_completion_length=60), "", "exceed the 64 positions"),
     (config_with(scope_target_entropy=9.0), "", "scope_target_entropy must be below .*, the log of"),
     (config_with(warmstart=3), "", ELSE + "unrecognized arguments: --warmstart=3"),
     (config_with(lr=None), "", ELSE + "lr"),
@@ -396,7 +396,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (with_state(step="four"), "", PREVIOUS),
     (with_state(step=5), "--max_steps 6", PREVIOUS + ".*metrics.jsonl is shorter than it was"),
     (without("checkpoint.pt"), "", None),  # from the one before it
-    (without("checkpoint.pt", "checkpoint-previous.pt"), "", "metrics.jsonl has 4 rows, but no checkpoint"),
+    (without("checkpoint.pt", "checkpoint-previous.pt"), "", "metrics.jsonl has 4 rows, no checkpoint"),
     (without("checkpoint.pt", "checkpoint-previous.pt", "metrics.jsonl"), "", None),  # from the start
     (without("checkpoint-previous.pt"), "", None),
     (folder_for("checkpoint.pt"), "", PREVIOUS),
@@ -607,7 +607,7 @@ def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said = go([*arguments, "--task", "gsm8k", "--train_file", f"{tmp_path}/data.jsonl"], monkeypatch)
-    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed the model's 64 positions: '9\+9\+", said)
+    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed the 64 positions: '9\+9\+", said)
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 

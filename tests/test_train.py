@@ -309,7 +309,7 @@ def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, dama
 
 
 def test_prompts_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed the model's 64 positions"):
+    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed the 64 positions"):
         train.set_up(train.parse_config([*arguments, "--max_completion_length", "60"]))
 
 

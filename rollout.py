@@ -97,9 +97,8 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    chats = [[{"role": "user", "content": content}] for content in contents]
+    chats = ([{"role": "user", "content": content}] for content in tqdm(contents, "prompts", leave=False))
     with explaining("the model's chat template fails"):
-        chats = tqdm(chats, "prompts", leave=False)
         return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
 
 

@@ -133,8 +133,7 @@ AT_LEAST = dict.fromkeys(
 SHOWN = "reward", "entropy", "scope_temperature"  # of the metrics, on screen
 KEPT = ("preset", "model", "task", "train_file", "instruction", "algorithm", "seed")  # on --resume
 TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
-# Files with a dictionary PRESET of options; none for the defaults.
-PRESETS = {"qwen3-0.6b": None, "laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}
+PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -154,7 +153,7 @@ def parse_config(argv: list[str]) -> Config:
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
-        stored = runpy.run_path(PRESETS[preset])["PRESET"] if PRESETS[preset] else {}
+        stored = runpy.run_path(PRESETS[preset])["PRESET"] if preset in PRESETS else {}
         stored |= {"preset": preset, "output_dir": time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")}
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
@@ -466,9 +465,8 @@ def write_whole(path: Path, content: dict, previous: Path | None = None) -> None
 def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
-    state = {name: getattr(run, name) for name in STATE}
-    weights, moments = run.model.state_dict(), run.optimizer.state_dict()
-    content = {"model": weights, "optimizer": moments, "state": state}
+    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    content["state"] = {name: getattr(run, name) for name in STATE}
     write_whole(path, content, path.with_name("checkpoint-previous.pt"))
 
 

@@ -105,7 +105,7 @@ def load_problems(path: str | Path) -> list[Problem]:
             question, answer = record["question"], final_answer(f"#### {record['answer']}")
             f"{question}{answer}".encode()  # or a half of a surrogate pair, which no tokenizer takes
             is_answer = isinstance(record["answer"], str | int) or isfinite(record["answer"])
-            check(isinstance(question, str) and question.strip(), "the question must be a text")
+            check(isinstance(question, str) and question.strip(), "the question is empty or no text")
             check(answer and is_answer, "the answer is empty or infinite")
             problems.append(Problem(question, answer))
     check(len(problems) > 0, f"{path} holds no problems")

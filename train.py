@@ -418,8 +418,8 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     questions = [problem.question for problem in task.train + task.test]
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
-    same = len(set(map(tuple, ids))) == 1 < len(set(questions))
-    check(not same, f"all questions are the same to {config.model}: is its tokenizer complete?")
+    unread = not all(ids) or len(set(map(tuple, ids))) == 1 < len(set(questions))
+    check(not unread, f"questions are empty, or all are the same to {config.model}: is its tokenizer complete?")
     special = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
     V, largest = model.get_input_embeddings().num_embeddings, max(map(max, [*ids, special]))
     check(largest < V, f"the tokenizer has a token {largest}, but the model only {V}")
@@ -440,7 +440,7 @@ def load_task(config: Config) -> reward.Task:
         needed = "gsm8k or a Python file with a function task"
         with explaining(f"--task must be {needed}, not {config.task}"):
             task = runpy.run_path(config.task)["task"](config)
-            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no problems")
+            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no questions")
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     return task._replace(train=train, test=test)
 

@@ -599,6 +599,16 @@ def test_a_download_that_was_damaged_in_the_cache_is_downloaded_again(tmp_path, 
     assert asked == [(reward.GSM8K + "train.jsonl", reward.GSM8K_SHA256["train"])] * 3
 
 
+def test_a_question_that_the_model_reads_as_nothing_is_refused(arguments, tmp_path, monkeypatch):
+    """A task of one's own may have an empty question, which the tiny model's template adds nothing to."""
+    problems = "[Problem('', '1'), Problem('1+1=', '2')]"
+    text = f"from reward import Problem, Task\ndef task(config): return Task({problems}, [], '', None)"
+    (tmp_path / "mine.py").write_text(text)
+    said = go([*arguments, "--task", f"{tmp_path}/mine.py"], monkeypatch)
+    assert re.match("error: questions are empty, or all are the same to .*: is its tokenizer complete", said)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
     rows = [
         {"question": "1+2=", "answer": 3},

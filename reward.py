@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from math import comb, isfinite
 from pathlib import Path
@@ -50,6 +51,21 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; with its type where that is a word, as in KeyError('task')."""
+    text = str(error).strip()
+    return (text if " " in text else repr(error)).splitlines()[0]
+
+
+@contextmanager
+def explaining(failure: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn whatever is raised in there, and each library has its own, into a line for the user."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise kind(f"{failure}: {first_line(error)}") from None
+
+
 def number(text: str) -> Decimal | None:
     """`$1,200.50` -> 1200.50; None if the text is no number or has more than 40 characters."""
     if len(text) > 40 or not NUMBER.fullmatch(text):
@@ -78,26 +94,20 @@ def answer_reward(problem: Problem, completion: str) -> float:
 def load_problems(path: str | Path) -> list[Problem]:
     """Read a JSONL file; the final answer is what follows `####`, or the whole field. Raises
     ValueError, naming file and line, if the file cannot be read or a line is not a problem."""
-    problems = []
-    try:
+    problems, wanted = [], 'expected an object like {"question": "...", "answer": "... #### 42"}'
+    with explaining(f"cannot read the data file {path}"):
         lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"cannot read the data file {path}: {error}") from None
     for line_number, line in enumerate(tqdm(lines, "read", leave=False), start=1):
         if not line.strip():
             continue
-        try:
+        with explaining(f"{path}, line {line_number}: {wanted}, got {line[:60].decode(errors='replace')!r}"):
             record = json.loads(line)
-            question, answer = record["question"], record["answer"]
+            question, answer = record["question"], final_answer(f"#### {record['answer']}")
             f"{question}{answer}".encode()  # or a half of a surrogate pair, which no tokenizer takes
-        except (ValueError, KeyError, TypeError, RecursionError):
-            question = answer = None
-        final = str(answer).rpartition("####")[2].strip().partition("\n")[0].strip()
-        is_answer = isinstance(answer, str | int) or (isinstance(answer, float) and isfinite(answer))
-        if not (isinstance(question, str) and question.strip() and is_answer and final):
-            wanted = 'expected an object like {"question": "...", "answer": "... #### 42"}'
-            raise ValueError(f"{path}, line {line_number}: {wanted}, got {line.decode(errors='replace')[:60]!r}")
-        problems.append(Problem(question, final))
+            is_answer = isinstance(record["answer"], str | int) or isfinite(record["answer"])
+            check(isinstance(question, str) and question.strip(), "the question is empty or no text")
+            check(answer and is_answer, "the answer is empty or infinite")
+            problems.append(Problem(question, answer))
     check(len(problems) > 0, f"{path} holds no problems")
     return problems
 
@@ -107,12 +117,10 @@ def download_gsm8k(split: str) -> Path:
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
-        try:
+        with explaining("cannot download GSM8K (give --train_file and --test_file)"):
             folder.mkdir(parents=True, exist_ok=True)
             url = f"{GSM8K}{split}.jsonl"
             torch.hub.download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[split])
-        except Exception as error:  # no network, half of it, or another file
-            raise ValueError(f"cannot download GSM8K ({error}): give --train_file and --test_file") from None
     return path
 
 

@@ -22,18 +22,13 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
-from reward import check
+from reward import check, explaining
 
 INVERTING = {"cpu"}  # where a random number for each token of the vocabulary costs too much
 SEGMENT = 64  # tokens between two looks at which rows have ended
 ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name before transformers 5.24
 LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
@@ -45,7 +40,7 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     one scored; so all that `model.train()` turns on is gradient checkpointing. Raises ValueError if
     they cannot be loaded, or if in either mode logits are not the head's output on the body's states
     (a soft cap or a scale, which `score` misses)."""
-    try:
+    with explaining(f"cannot load the model {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
         for key, value in config.to_dict().items():
@@ -53,13 +48,10 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
                 setattr(config, key, 0.0)
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    except Exception as error:  # OSError, KeyError, SafetensorError: all the same to the user
-        raise ValueError(f"cannot load the model {name}: {first_line(error)}") from None
     missing = min(info["missing_keys"], default=None)
     check(missing is None, f"the model {name} lacks weights, for example {missing}")
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
-    is_finite = all(weight.isfinite().all() for weight in model.parameters())
-    check(is_finite, f"weights of {name} are not finite")
+    check(all(w.isfinite().all() for w in model.parameters()), f"weights of {name} are not finite")
 
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
@@ -105,12 +97,9 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    chats = [[{"role": "user", "content": content}] for content in contents]
-    try:
-        chats = tqdm(chats, "prompts", leave=False)
+    chats = ([{"role": "user", "content": content}] for content in tqdm(contents, "prompts", leave=False))
+    with explaining("the model's chat template fails"):
         return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
-    except Exception as error:  # whatever a template may raise
-        raise ValueError(f"the model's chat template fails: {first_line(error)}") from None
 
 
 @torch.no_grad()
@@ -162,8 +151,6 @@ def generate(
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values, in buffers that grow by a segment; no token makes copies of all."""
 
-    room = 0  # tokens that the buffers have room for
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         device, dtype = key_states.device.type, key_states.dtype
         if torch.is_autocast_enabled(device):  # which leaves Qwen3's, normalised, in float32
@@ -171,19 +158,19 @@ class GrowingLayer(DynamicLayer):
         new = key_states.to(dtype), value_states.to(dtype)  # [b, heads, n, head_dim] each
         if not self.is_initialized:
             self.lazy_initialization(*new)
-            self.keys, self.values = (x[..., :0, :] for x in new)
+            self.keys, self.values = self.buffers = [x[..., :0, :] for x in new]
         start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
-        if length > self.room:
-            self.room = length + SEGMENT
-            self.buffers = [F.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
+        if length > self.buffers[0].shape[-2]:
+            room = (0, 0, 0, length + SEGMENT - start)
+            self.buffers = [F.pad(x, room) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, new, strict=True):
             buffer[..., start:length, :] = x
         self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # makes copies
-        self.room, self.buffers = 0, []
+        super().batch_select_indices(indices)  # makes copies, without room
+        self.buffers = [self.keys, self.values]
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +37,7 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from reward import check
-from rollout import first_line
+from reward import check, explaining, first_line
 
 
 # --- Config
@@ -58,7 +56,7 @@ class Config:
     resume: bool = option(False, "go on with the run in output_dir, by its config but for options")
     seed: int = option(0, "of everything random in training; evaluation is always drawn alike")
     max_steps: int = option(500, "steps; each samples once")
-    save_steps: int = option(50, "steps between checkpoints; the last is kept")
+    save_steps: int = option(50, "steps between checkpoints; the last two are kept")
     eval_steps: int = option(0, "steps between evaluations on the way, 0 for none")
     logging_steps: int = option(25, "steps between completions shown on screen, 0 for none")
     report_to: Literal["none", "tensorboard"] = option("none", "where metrics go as well")
@@ -135,8 +133,7 @@ AT_LEAST = dict.fromkeys(
 SHOWN = "reward", "entropy", "scope_temperature"  # of the metrics, on screen
 KEPT = ("preset", "model", "task", "train_file", "instruction", "algorithm", "seed")  # on --resume
 TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
-# Files with a dictionary PRESET of options; none for the defaults.
-PRESETS = {"qwen3-0.6b": None, "laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}
+PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -147,20 +144,16 @@ def parse_config(argv: list[str]) -> Config:
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
-        try:
-            path = Path(args.output_dir) / "config.json"
-            options = json.loads(path.read_text()).items()
+        with explaining(f"nothing to resume: --output_dir must name a run; {args.output_dir}"):
+            options = json.loads((Path(args.output_dir) / "config.json").read_text()).items()
             texts = [f"--{name}={value}" for name, value in options if value is not None]
             stored = vars(parser.parse_args(texts))
             wrong = [name for name, value in options if stored[name] != value]
-            check(not wrong, f"config.json has something else for {', '.join(wrong)} than it should")
-        except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-            reason = f"--output_dir must name a run; {args.output_dir}: {error}"
-            raise ValueError(f"nothing to resume: {reason}") from None
+            check(not wrong, f"config.json has something else for {', '.join(wrong)}")
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
-        stored = runpy.run_path(PRESETS[preset])["PRESET"] if PRESETS[preset] else {}
+        stored = runpy.run_path(PRESETS[preset])["PRESET"] if preset in PRESETS else {}
         stored |= {"preset": preset, "output_dir": time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")}
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
@@ -228,11 +221,11 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
     run.step += 1
     metrics = {
         "step": run.step,
-        "reward": groups.mean().item(),  # share of the ordinary completions that are right
+        "reward": groups.mean().item(),  # mean of the ordinary completions
         "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
-        "scope_positive_frac": rewards[N:].mean().item() if M else 0.0,  # the reinforced ones
+        "scope_positive_frac": (rewards[N:] == 1).float().mean().item() if M else 0.0,  # reinforced
         "loss": loss,  # -J, like the next two a mean over the step's mini-batches
         "grad_norm": norm,  # before it was clipped
         "clip_fraction": clip_fraction,  # tokens whose gradient the ratio's clip removed
@@ -262,11 +255,10 @@ def control(run: Run) -> tuple[float, int]:
 
 def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
     """The `count` problems of a step: passes over all of them, each in its own random order."""
-    size, first = len(problems), step * count
-    passes = range(first // size, (first + count - 1) // size + 1)
-    orders = [np.random.default_rng([seed, number]).permutation(size) for number in passes]
-    order = np.concatenate(orders)[first - passes.start * size :]
-    return [problems[i] for i in order[:count]]
+    size = len(problems)
+    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]  # pass, place in it
+    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n in {n for n, _ in places}}
+    return [problems[orders[n][i]] for n, i in places]
 
 
 def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Rollout, Tensor]:
@@ -329,7 +321,7 @@ def evaluate(run: Run) -> dict[str, float]:
         texts, rewards = texts + samples.texts, rewards + batch_rewards.tolist()
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
-    num_right = [int(sum(rewards[g])) for g in groups]
+    num_right = [rewards[g].count(1) for g in groups]  # grades below 1 are not right
     ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
     values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in ks}
     values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
@@ -341,7 +333,8 @@ def evaluate_once(run: Run, name: str) -> None:
     if name not in run.evaluations:
         run.evaluations[name] = evaluate(run)
         write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
-    tqdm.write(f"{name}: {summary(run.evaluations[name])}")
+    means = ", ".join(f"{key} {value:.3f}" for key, value in run.evaluations[name].items())
+    tqdm.write(f"{name}: {means}")
 
 
 def train(run: Run) -> None:
@@ -369,30 +362,24 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
                 if run.stopped_by:
                     raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
-            bar.set_postfix_str(summary({name: metrics[name] for name in SHOWN}))
+            bar.set_postfix({name: metrics[name] for name in SHOWN})
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
-                    tqdm.write(f"  T {T:.2f}, reward {R:.0f}: {question!r:.100} -> {text!r:.400}")
+                    tqdm.write(f"  T {T:.2f}, reward {R:g}: {question!r:.100} -> {text!r:.400}")
             idle = idle + 1 if metrics["grad_norm"] == 0 else 0
             if idle == 10:
                 tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
 
     evaluate_once(run, "after")
-    with writing(output / "model"):
+    with explaining(f"cannot write {output / 'model'} (is the disk full?)", OSError):
         run.model.save_pretrained(output / "model")
         run.tokenizer.save_pretrained(output / "model")
-    print(f"config, metrics, evaluations and the model are in {output}")
-    print(f"to see its course: python theory/lab/plot.py {output}")
-
-
-def summary(values: dict[str, float]) -> str:
-    """Names and values in a line."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+    print(f"all is in {output}; to see its course: python theory/lab/plot.py {output}")
 
 
 def set_up(config: Config) -> Run:
-    """Everything a run needs, its checkpoint too. Raises ValueError, before anything is written."""
+    """Everything a run needs, and its checkpoint. ValueError before it writes, the lock apart."""
     if config.report_to == "tensorboard":
         from torch.utils import tensorboard  # or an error, before anything is done
     output = Path(config.output_dir)
@@ -414,11 +401,9 @@ def set_up(config: Config) -> Run:
     run = Run(config, task, prompts, model, tokenizer, optimizer)
 
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        run.lock = filelock.FileLock(output / "lock")  # held for as long as the run lives
-        run.lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"another run writes into {output}: choose another --output_dir") from None
+    run.lock = filelock.FileLock(output / "lock", timeout=0)  # held for as long as the run lives
+    with explaining(f"cannot lock {output} (does another run write into it?)"):
+        run.lock.acquire()
     if config.resume:
         load_checkpoint(run)
     if config.report_to == "tensorboard":
@@ -433,8 +418,8 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     questions = [problem.question for problem in task.train + task.test]
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
-    same = len(set(map(tuple, ids))) == 1 < len(set(questions))
-    check(not same, f"all questions are the same to {config.model}: is its tokenizer complete?")
+    unread = not all(ids) or len(set(map(tuple, ids))) == 1 < len(set(questions))
+    check(not unread, f"questions are empty, or all are the same to {config.model}: is its tokenizer complete?")
     special = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
     V, largest = model.get_input_embeddings().num_embeddings, max(map(max, [*ids, special]))
     check(largest < V, f"the tokenizer has a token {largest}, but the model only {V}")
@@ -442,7 +427,7 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     check(is_possible, f"scope_target_entropy must be below {math.log(V):.2f}, the log of {V} tokens")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest, question = max(zip(map(len, ids), questions, strict=True))
-    too_long = f"{longest} prompt tokens + max_completion_length exceed the model's {room} positions"
+    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions"
     check(longest + config.max_completion_length <= room, f"{too_long}: {question!r:.60}")
     return dict(zip(questions, prompts, strict=True))
 
@@ -452,31 +437,20 @@ def load_task(config: Config) -> reward.Task:
     if config.task == "gsm8k":
         task = reward.question_answer(config.train_file, config.test_file)
     else:
-        try:
+        needed = "gsm8k or a Python file with a function task"
+        with explaining(f"--task must be {needed}, not {config.task}"):
             task = runpy.run_path(config.task)["task"](config)
-            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no problems")
-        except (Exception, SystemExit) as error:  # whatever a file that is no task may raise
-            needed = "gsm8k or a Python file with a function task"
-            raise ValueError(f"--task must be {needed}, not {config.task}: {error!r}") from None
+            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no questions")
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     return task._replace(train=train, test=test)
 
 
 # --- Files
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make what a full or read-only disk raises in there, each library its own, an OSError."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"cannot write {path}, is the disk full? {first_line(error)}") from None
-
-
 def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
     """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file, which
     goes to `previous` if that is given. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with writing(path):
+    with explaining(f"cannot write {path} (is the disk full?)", OSError):
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         else:
@@ -491,10 +465,8 @@ def write_whole(path: Path, content: dict, previous: Path | None = None) -> None
 def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
-    state = {name: getattr(run, name) for name in STATE}
-    state["metrics_bytes"] = path.with_name("metrics.jsonl").stat().st_size
-    weights, moments = run.model.state_dict(), run.optimizer.state_dict()
-    content = {"model": weights, "optimizer": moments, "state": state}
+    content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    content["state"] = {name: getattr(run, name) for name in STATE}
     write_whole(path, content, path.with_name("checkpoint-previous.pt"))
 
 
@@ -503,30 +475,27 @@ def load_checkpoint(run: Run) -> None:
     output = Path(run.config.output_dir)
     paths = [output / name for name in ("checkpoint.pt", "checkpoint-previous.pt")]
     path, metrics = next((path for path in paths if path.exists()), None), output / "metrics.jsonl"
+    rows = metrics.read_bytes().split(b"\n")[:-1] if metrics.is_file() else []  # the whole ones
     if path is None:
-        rows = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        check(rows <= run.config.save_steps, f"{metrics} has {rows} rows, but there is no checkpoint to go on from")
+        check(len(rows) <= run.config.save_steps, f"{metrics} has {len(rows)} rows, no checkpoint")
         return
-    try:
+    with explaining(f"cannot resume from {path} (the one before it is {paths[1].name})"):
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         state = content["state"]
-        check(metrics.stat().st_size >= state["metrics_bytes"], f"{metrics} is shorter than it was")
+        check(state["step"] <= len(rows), f"{metrics} is shorter than it was")
         check(state["step"] <= run.config.max_steps, f"max_steps is below the {state['step']} done")
         vars(run).update({name: state[name] for name in STATE})
-        os.truncate(metrics, state["metrics_bytes"])  # rows after the checkpoint go
-    except Exception as error:  # a cut-off zip, a foreign pickle, other keys or shapes
-        reason = f"{first_line(error)} (the one before it is {paths[1].name})"
-        raise ValueError(f"cannot resume from {path}: {reason}") from None
+        os.truncate(metrics, sum(len(row) + 1 for row in rows[: state["step"]]))  # later ones go
 
 
 def main() -> None:
     """The command line: bad input ends in one line, an interruption in how to go on."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a model writes, a terminal may be unable to
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     try:
         run = set_up(parse_config(sys.argv[1:]))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:

@@ -119,8 +119,7 @@ def download_gsm8k(split: str) -> Path:
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
         with explaining("cannot download GSM8K (give --train_file and --test_file)"):
             folder.mkdir(parents=True, exist_ok=True)
-            url = f"{GSM8K}{split}.jsonl"
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=GSM8K_SHA256[split])
+            torch.hub.download_url_to_file(f"{GSM8K}{split}.jsonl", str(path), GSM8K_SHA256[split])
     return path
 
 

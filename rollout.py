@@ -159,13 +159,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(*new)
             self.keys, self.values = self.buffers = [x[..., :0, :] for x in new]
-        start, length = self.keys.shape[-2], self.keys.shape[-2] + new[0].shape[-2]
-        if length > self.buffers[0].shape[-2]:
-            room = (0, 0, 0, length + SEGMENT - start)
-            self.buffers = [F.pad(x, room) for x in (self.keys, self.values)]
+        start, n = self.keys.shape[-2], new[0].shape[-2]
+        if start + n > self.buffers[0].shape[-2]:
+            self.buffers = [F.pad(x, (0, 0, 0, n + SEGMENT)) for x in (self.keys, self.values)]
         for buffer, x in zip(self.buffers, new, strict=True):
-            buffer[..., start:length, :] = x
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+            buffer[..., start : start + n, :] = x
+        self.keys, self.values = (buffer[..., : start + n, :] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -69,7 +69,7 @@ class Config:
     instruction: str | None = option(None, "said after each question; default: the task's")
     num_train_problems: int | None = option(None, "default: all there are, 128 of countdown")
     num_eval_problems: int = option(128, "evaluated before and after training, 0 for none")
-    num_eval_generations: int = option(8, "samples of each: Pass@k is known up to this k")
+    num_eval_generations: int = option(8, "samples of each: Pass@k for k = 1, 4, 16... up to it")
 
     # GRPO
     algorithm: Literal["scope", "grpo"] = option("scope", "grpo: without the auxiliary samples")
@@ -131,7 +131,7 @@ AT_LEAST = dict.fromkeys(
      "per_device_eval_batch_size"], 1,
 ) | {"num_generations": 2, "max_grad_norm": 1e-6, "scope_temperature_min": 0.01}  # fmt: skip
 SHOWN = "reward", "entropy", "scope_temperature"  # of the metrics, on screen
-KEPT = ("preset", "model", "task", "train_file", "instruction", "algorithm", "seed")  # on --resume
+KEPT = "preset", "model", "task", "train_file", "test_file", "instruction", "algorithm", "seed"
 TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
 PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
 
@@ -182,6 +182,7 @@ class Run:
     stopped_by: str = ""  # a signal, after which the run ends with the step it is in
     stopped_at: float = math.inf  # when it came, by time.monotonic
     writer: Any = None  # TensorBoard's, if wanted
+    lock: Any = None  # on output_dir, held for as long as the run lives
 
     def stop(self, number: int, frame) -> None:
         """Note a signal. A later one interrupts; within a second it is the same: `timeout` sends two."""
@@ -401,7 +402,7 @@ def set_up(config: Config) -> Run:
     run = Run(config, task, prompts, model, tokenizer, optimizer)
 
     output.mkdir(parents=True, exist_ok=True)
-    run.lock = filelock.FileLock(output / "lock", timeout=0)  # held for as long as the run lives
+    run.lock = filelock.FileLock(output / "lock", timeout=0)
     with explaining(f"cannot lock {output} (does another run write into it?)"):
         run.lock.acquire()
     if config.resume:
@@ -509,8 +510,9 @@ def main() -> None:
     try:
         train(run)
     except torch.OutOfMemoryError:
-        smaller = "per_device_train_batch_size (updates) or generation_batch_size (sampling)"
-        sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing")
+        sampling = "generation_batch_size or per_device_eval_batch_size (sampling)"
+        smaller = f"per_device_train_batch_size (updates), {sampling}"
+        sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing\n{resume}")
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}\n{resume} --learning_rate {run.config.learning_rate / 2:g}")
     except (KeyboardInterrupt, OSError) as error:

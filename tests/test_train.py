@@ -574,7 +574,8 @@ def test_out_of_memory_ends_in_one_line_that_names_settings(arguments, monkeypat
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit, match="lower per_device_train_batch_size") as stop:
         train.main()
-    assert "\n" not in stop.value.code
+    assert stop.value.code.count("\n") == 1
+    assert stop.value.code.endswith(f"--resume --output_dir {arguments[-1]}")
 
 
 def test_a_checkpoint_is_read_on_the_cpu_and_determinism_is_torchs(arguments, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,14 @@ def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
     for options in experiments.EXPERIMENTS[experiment].values():
         variant, arguments = experiments.variant_and_arguments(options)
         config = train.parse_config(["--preset", "tiny", "--output_dir", "x", *arguments])
-        configs.add((type(variant), str(config)))
+        configs.add((type(variant).__name__, str(config)))
     assert len(configs) == len(experiments.EXPERIMENTS[experiment])
 
 
-@pytest.mark.parametrize("name", ["as it is", *experiments.VARIANTS])
+INGREDIENTS = ["both_signs", "mean_over_positives", "group_normalised", "equal_groups_dropped", "aepo"]
+
+
+@pytest.mark.parametrize("name", ["as it is", *INGREDIENTS])
 def test_variants_against_their_definitions_sample_by_sample(name):
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
     auxiliary, alpha, N = torch.tensor([1.0, 0, 1, 1, 0]), 0.5, 12
@@ -78,6 +82,113 @@ def test_aepo_switches_and_counts_the_first_positives_only(H, T, count):
     assert table.advantages[512:].nonzero()[:, 0].tolist() == first
     assert set(table.advantages[512:].tolist()) == {0.0, 1.0}
     assert table.weights.tolist() == pytest.approx([1 / 512] * 640)
+
+
+# The rivals. A variant is asked for T with these limits, those of its experiment over them.
+LIMITS = {
+    "target": 0.4, "minimum": 0.8, "maximum": 1.2, "gain": 0.4, "integral_gain": 0.1, "integral_band": 0.1,
+}  # fmt: skip
+REWARDS = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+
+
+def tables_of(options: str, entropies: list[float], **limits) -> list[scope_rl.Objective]:
+    """The tables of a step each, after these entropies; T must be 1 throughout."""
+    variant, integral, tables = experiments.variant_and_arguments(options)[0], 0.0, []
+    for H in entropies:
+        T, integral = variant.scope_temperature(H, integral, **(LIMITS | limits))
+        assert T == 1
+        tables.append(variant.objective_table(REWARDS.clone(), torch.ones(1), 0.0, 0.0))
+        assert not tables[-1].has_gradient()[12:].any()  # the one auxiliary sample counts for nothing
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("options", "limits", "entropies", "bonuses"),
+    [
+        # e = -.4, .05, .08, .2, 0: the integral, .1 e a step, runs within .1 of the target and off the clip.
+        ("@bonus_pi", {}, [0.8, 0.35, 0.32, 0.2, 0.4], [-0.16, 0.02, 0.037, 0.093, 0.013]),
+        ("@bonus_pi", {"minimum": 1.0}, [0.8, 0.35, 0.45], [0.0, 0.02, 0.0]),
+        ("@bonus_pi", {"maximum": 1.01}, [0.3, 0.35, 0.4], [0.01, 0.01, 0.0]),
+        # c = .4, .8, 1, 1, .6, .2, 0, .4, of which those above the target are not applied.
+        (
+            "@stepwise_bonus", {},
+            [0.4, 0.39, 0.1, 0.1, 0.41, 0.9, 0.9, 0.3], [0.4, 0.8, 1.0, 1.0, 0.0, 0.0, 0.0, 0.4],
+        ),
+        # log (c / .03) = .1 times the sum of e
+        ("@dual_ascent", {}, [0.8, 0.1, 0.1], [0.03 * math.exp(x) for x in (-0.04, -0.01, 0.02)]),
+    ],
+)  # fmt: skip
+def test_a_controlled_bonus_step_by_step(options, limits, entropies, bonuses):
+    tables = tables_of(options, entropies, **limits)
+    for table, bonus in zip(tables, bonuses, strict=True):
+        assert table.entropy_coefs.tolist() == pytest.approx([bonus] * 12 + [0.0], abs=1e-7)
+        assert table.advantages[:12].tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
+        assert table.weights[:12].tolist() == pytest.approx([1 / 12] * 12)
+
+
+def test_entropic_weighs_positives_and_negatives_apart():
+    usual = scope_rl.group_advantages(REWARDS).flatten()
+    # a = .4 (H - H0) + .1 times the sum of those before: .16, -.08 + .04, .04 + .02; and -4.9 is clipped
+    for H, a in {(0.8,): 0.16, (0.8, 0.2): -0.04, (0.8, 0.2, 0.5): 0.06, (-12.0,): -1.0}.items():
+        table = tables_of("@entropic", list(H))[-1]
+        expected = [(1 + a if A > 0 else 1 - a) * A for A in usual.tolist()]
+        assert table.advantages[:12].tolist() == pytest.approx(expected, abs=1e-6)
+        assert table.entropy_coefs.tolist() == [0.0] * 13
+
+
+@pytest.mark.parametrize(
+    ("H", "kept"),
+    [
+        (0.35, [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),
+        (0.25, [[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]),
+        (0.55, [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]),
+    ],
+)
+def test_the_band_filter_keeps_one_sign_outside_the_band(H, kept):
+    table = tables_of("@band_filter", [0.9, H])[-1]
+    expected = [k / sum(group) / 3 for group in kept for k in group]
+    assert table.weights[:12].tolist() == pytest.approx(expected)
+    assert table.advantages[:12].tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
+
+
+@pytest.mark.parametrize("name", ["bonus_pi", "stepwise_bonus", "dual_ascent", "entropic", "band_filter"])
+def test_rivals_move_the_entropy_of_a_bandit_the_right_way(name):
+    """A step of theirs against one of GRPO's. Of .45, .45, .1 the first is right; only the likely ones are drawn."""
+    actions = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    rewards = (actions == 0).float()[None]
+
+    def entropy_after(H: float | None) -> float:
+        variant, integral = experiments.VARIANTS[name]() if H else experiments.Variant(), 0.0
+        for _ in range(5 if H else 0):
+            _, integral = variant.scope_temperature(H, integral, **LIMITS)
+        objective = variant.objective_table(rewards, torch.zeros(0), 0.0, 0.0)
+        z = torch.tensor([0.45, 0.45, 0.1]).log().requires_grad_()
+        logprobs = z.log_softmax(0)[actions][:, None]
+        entropies, mask = token_entropy(z).expand(8, 1), torch.ones(8, 1, dtype=torch.bool)
+        loss, _ = scope_rl.scope_loss(logprobs, logprobs.detach(), entropies, mask, objective)
+        (gradient,) = torch.autograd.grad(loss, z)
+        return token_entropy(z - 0.1 * gradient).item()
+
+    assert entropy_after(0.25) > entropy_after(None) + 5e-5
+    if name not in ("stepwise_bonus", "dual_ascent"):  # whose bonus is never negative
+        assert entropy_after(0.55) < entropy_after(None) - 5e-5
+
+
+def test_a_moving_target_falls_and_comes_back():
+    variant, _ = experiments.variant_and_arguments("@moving_target @stepwise_bonus --scope_gain 1")
+    variant.run = types.SimpleNamespace(config=types.SimpleNamespace(max_steps=350))
+    low = []
+    for variant.run.step in range(350):
+        variant.scope_temperature(0.4, 0.0, **(LIMITS | {"target": 0.5}))
+        low.append(variant.bonus == 0)  # .4 lies above the target
+    assert low == [False] * 150 + [True] * 100 + [False] * 100
+
+
+def test_dr_grpo_leaves_the_standard_deviation_out_also_for_a_rival():
+    centred = [1 / 2, -1 / 2, -1 / 2, 1 / 2, 0, 0, 0, 0, -1 / 4, -1 / 4, -1 / 4, 3 / 4]
+    assert tables_of("@dr_grpo @bonus_pi", [0.3])[0].advantages[:12].tolist() == pytest.approx(centred)
+    weighed = [(0.96 if A > 0 else 1.04) * A for A in centred]  # a = .4 (.3 - .4)
+    assert tables_of("@dr_grpo @entropic", [0.3])[0].advantages[:12].tolist() == pytest.approx(weighed)
 
 
 def test_a_variants_run_leaves_a_row_and_resumes_as_if_it_had_not_stopped(tmp_path, monkeypatch):

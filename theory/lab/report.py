@@ -29,6 +29,9 @@ SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
 # What the README at the top shows, in a figure and a table.
 RESULTS = ("GRPO", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)))
 RESULTS_COLUMNS = ("entropy", "reward", "pass@1", "distinct_correct")
+# Rivals of SCOPE: the targets, and what the page shows of each.
+TARGETS = (0.3, 0.4, 0.5)
+RIVAL_COLUMNS = ("entropy", "error", "settling", "oscillation", "reward", "pass@1", "pass@16", "distinct_correct")
 LEGEND = """# All tables
 
 Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
@@ -37,6 +40,7 @@ what they mean.
 - Reward, entropy (nats a token), T and oscillation (the standard deviation over the steps, what
   trend is left included) are of the last fifth of the steps.
 - `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
+- `settling` is the number of steps after which every mean of ten steps lies within a tenth of H0; 350 is never.
 - Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
   128 problems that no run trains on.
 - No ± is shown where there is one seed, or where all seeds agree.
@@ -185,14 +189,53 @@ def shown_results() -> str:
     return means("preset tiny", {label: cells[label] for label in RESULTS}, RESULTS_COLUMNS)
 
 
+def shown_rivals() -> str:
+    """Each controller at each target, as the lab's page shows them."""
+    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
+    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
+    shown = {f"{label}, {H0}": cells[H0][label] for label in labels for H0 in TARGETS if label in cells[H0]}
+    return means("controller, H0", shown, RIVAL_COLUMNS)
+
+
+def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_correct")) -> str:
+    """SCOPE with integral minus each rival: a seed's value is the mean of its differences at the three targets."""
+    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
+    rows = []
+    for rival in experiments.RIVALS:
+        pairs = [(cell["SCOPE, with integral"], cell.get(rival, {})) for cell in cells.values()]
+        seeds = sorted(set.intersection(*(scope.keys() & other.keys() for scope, other in pairs)))
+        if len(seeds) > 1:
+            gains = [
+                [np.mean([scope[seed][name] - other[seed][name] for scope, other in pairs]) for seed in seeds]
+                for name in columns
+            ]
+            rows.append([rival, len(seeds), *(show(values, "+") for values in gains)])
+    return markdown(["SCOPE, with integral, minus", "seeds", *columns], rows)
+
+
+def costs() -> str:
+    """What a step costs: seconds of a core, in the runs of `tuning`, and samples beside GRPO's."""
+    cells, rows = cells_of("tuning"), []
+    base = cells["GRPO"]
+    for label, cell in cells.items():
+        seconds = [row["cpu_seconds"] / 200 for row in cell.values()]
+        ratios = [row["cpu_seconds"] / base[seed]["cpu_seconds"] for seed, row in cell.items()]
+        rows.append([label, len(cell), show(seconds), show(ratios), "25%" if label.startswith("SCOPE") else "none"])
+    return markdown(["controller", "seeds", "seconds a step", "times GRPO's", "extra samples"], rows)
+
+
 def document() -> str:
     """All of tables.md."""
     parts = [LEGEND]
     for name in experiments.EXPERIMENTS:
         cells = cells_of(name)
+        if not cells:
+            continue
         parts.append(f"## {name}\n")
-        parts += [means(name, cells, columns) for columns in COLUMNS]
-        parts += [differences(cells, DIFFERENCES), seed_by_seed(cells)]
+        known = set.intersection(*(set(row) for cell in cells.values() for row in cell.values()))
+        groups = [[column for column in columns if column in known] for columns in (*COLUMNS, DIFFERENCES)]
+        parts += [means(name, cells, columns) for columns in groups[:2]]
+        parts += [differences(cells, groups[2]), seed_by_seed(cells)]
         if name == "control":
             parts += [spread(cells), offsets(cells)]
     return "\n".join(parts)
@@ -250,11 +293,33 @@ def draw_entropies(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_rivals(path: Path) -> None:
+    """A panel a controller: the entropy over the run of every seed at each of the three targets."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
+    figure, axes = plt.subplots(2, 4, figsize=(14, 5.6), sharex=True, sharey=True, layout="constrained")
+    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
+    for axis, label in zip(axes.flat, labels, strict=True):
+        for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):
+            rows = cells[H0].get(label, {}).values()
+            for row in rows:
+                axis.plot(range(5, 350, 10), row["entropies"], color=color, lw=0.8)
+            axis.axhline(H0, color=color, lw=0.8, ls=":", label=f"target {H0}, seeds: {len(rows)}")
+        axis.set(title=label, ylim=(0, 0.9))
+        axis.legend(fontsize=8, loc="upper right")
+    figure.supxlabel("step")
+    figure.supylabel("entropy, nats a token")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
     """Write tables.md and the figures."""
     draw_entropies(FOLDER / "figures" / "entropy.png")
+    draw_rivals(FOLDER / "figures" / "rivals.png")
     (FOLDER / "tables.md").write_text(document())
-    for name in experiments.EXPERIMENTS:
+    for name in ("control", "alpha", "target", "beyond", "ingredients", "transfer"):
         draw(FOLDER / "figures" / f"{name}.png", cells_of(name))
     print(f"tables.md and figures/ are in {FOLDER}")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import countdown
 import experiments
 import probes
 import report
@@ -234,7 +235,7 @@ def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatc
         assert int(answer) == int(a) + int(b)
 
 
-def test_the_llama_is_made_once_from_its_own_task(tmp_path, monkeypatch):
+def test_other_starts_are_made_once_from_their_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path)
     full, made = experiments.warm_start.warm_start, []
 
@@ -247,8 +248,15 @@ def test_the_llama_is_made_once_from_its_own_task(tmp_path, monkeypatch):
     assert folder == tmp_path / "llama-1"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert experiments.start(f"{experiments.SUMS} --algorithm grpo", 1) == folder
-    assert made == [(sums.example, 1)]
+    assert experiments.start(f"@bonus_pi {experiments.WEAK}", 3) == tmp_path / "weak"
+    assert made == [(sums.example, 1), (countdown.example, 2)]  # one weak start for all seeds
     assert experiments.start("--algorithm grpo", 2) == train.TINY / "start-0"
+
+
+def test_settling_is_the_end_of_the_last_part_outside_the_tenth():
+    assert experiments.settling([0.8, 0.41, 0.5, 0.43, 0.37, 0.4], 0.4) == 30
+    assert experiments.settling([0.42, 0.38], 0.4) == 0
+    assert experiments.settling([0.4] * 34 + [0.45], 0.4) == 350
 
 
 # --- report.py
@@ -308,6 +316,22 @@ def test_a_difference_among_many_needs_to_be_larger(two_labels):
     assert report.differences(many, ("pass@1",)).count("| +0.105 ± 0.064 |") == 4
 
 
+def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
+    # Seed 3 lacks a target. By hand: seeds 0 and 1 lead by .2 and .3; t is 12.706, so half is .635.
+    gains = {0.3: {0: 0.1, 1: 0.4, 3: 9}, 0.4: {0: 0.2, 1: 0.3, 3: 9}, 0.5: {0: 0.3, 1: 0.2}}
+    rows = []
+    for H0, cell in gains.items():
+        table = experiments.EXPERIMENTS[f"rivals-{H0}"]
+        for seed, gain in cell.items():
+            for label, value in (("SCOPE, with integral", H0 + gain), ("dual ascent", H0)):
+                own = {"options": table[label], "seed": seed, "pass@1": value, "target": H0}
+                rows.append(own | {"entropy": H0, "oscillation": 0.0, "entropies": [H0] * 35})
+    experiments.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.lead(("pass@1", "entropy"))
+    assert text.splitlines()[2:] == ["| dual ascent | 2 | +0.25 ± 0.64 | +0.000 |"]
+
+
 def test_the_spread_over_seeds_and_warm_starts():
     H = {0: 0.1, 1: 0.3, 2: 0.2, 3: 0.4}
     course = [0.5] * 21 + [0.3] * 7 + [0.2] * 7
@@ -340,10 +364,12 @@ def test_the_figures_are_drawn(two_labels, tmp_path):
     assert (tmp_path / "two.png").stat().st_size > 10_000
 
 
-def test_the_figure_at_the_top_is_drawn(tmp_path):
+def test_the_figures_of_entropies_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    report.draw_entropies(tmp_path / "entropies.png")
-    assert (tmp_path / "entropies.png").stat().st_size > 10_000
+    for draw in (report.draw_entropies, report.draw_rivals):
+        draw(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+        (tmp_path / "figure.png").unlink()
 
 
 def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():

@@ -75,6 +75,14 @@ RIVALS = {
     "band filter": f"@band_filter {ALONE} --scope_integral_band 0",
 }
 WEAK = f"--model {WORK}/weak"  # a third warm start, trained for a shorter time
+
+
+def controllers(before: str, after: str) -> dict[str, str]:
+    """SCOPE with integral and its rivals under the same conditions: label -> options."""
+    own = {"SCOPE, with integral": "", **RIVALS}
+    return {label: " ".join(f"{before} {options} {after}".split()) for label, options in own.items()}
+
+
 SHORT = f"{target(0.4)} --max_steps 200 --num_eval_problems 0"
 # An experiment is a table of label -> options. "@NAME" before them names one of VARIANTS.
 EXPERIMENTS: dict[str, dict[str, str]] = {
@@ -129,31 +137,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     **{
         f"rivals-{H}": {
-            "SCOPE, with integral": target(H),
+            **controllers("", target(H)),
             "SCOPE, published rule": f"{PUBLISHED} {target(H)}",
             "AEPO": f"@aepo {PUBLISHED_T}" + (f" {target(H)}" if H != 0.4 else ""),
-            **{label: f"{options} {target(H)}" for label, options in RIVALS.items()},
         }
         for H in (0.3, 0.4, 0.5)
     },
-    "moving": {
-        "SCOPE, with integral": f"@moving_target {target(0.5)}",
-        **{label: f"@moving_target {options} {target(0.5)}" for label, options in RIVALS.items()},
-    },
-    "cooling": {
-        "SCOPE, with integral": f"{SUMS} {target(0.2)}",
-        **{label: f"{options} {SUMS} {target(0.2)}" for label, options in RIVALS.items()},
-    },
-    "weak": {
-        "GRPO": f"{WEAK} {GRPO}",
-        "SCOPE, with integral": f"{WEAK} {target(0.4)}",
-        **{label: f"{options} {WEAK} {target(0.4)}" for label, options in RIVALS.items()},
-    },
-    "dr_grpo": {
-        "GRPO": f"@dr_grpo {GRPO}",
-        "SCOPE, with integral": f"@dr_grpo {target(0.4)}",
-        **{label: f"@dr_grpo {options} {target(0.4)}" for label, options in RIVALS.items()},
-    },
+    "moving": controllers("@moving_target", target(0.5)),
+    "cooling": controllers("", f"{SUMS} {target(0.2)}"),  # GRPO ends between .25 and .46
+    "weak": {"GRPO": f"{WEAK} {GRPO}", **controllers("", f"{WEAK} {target(0.4)}")},
+    "dr_grpo": {"GRPO": f"@dr_grpo {GRPO}", **controllers("@dr_grpo", target(0.4))},
     "transfer": {
         "GRPO": f"{SUMS} {GRPO}",
         **{f"H0 = {H}": f"{SUMS} {target(H)}" for H in (0.3, 0.6)},

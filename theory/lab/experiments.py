@@ -68,8 +68,8 @@ SUMS = f"--task gsm8k --train_file {WORK}/train.jsonl --test_file {WORK}/test.js
 ALONE = alpha(0.001, 0)
 BONUS_PI = f"@bonus_pi {ALONE} --scope_temperature_min 0.8 --scope_temperature_max 1.2"  # c in [-0.2, 0.2]
 RIVALS = {
-    "PI on the bonus": f"{BONUS_PI} {gains(0.4, 0.01)}",
-    "stepwise bonus": f"@stepwise_bonus {ALONE} --scope_gain 0.001",
+    "PI on the bonus": f"{BONUS_PI} {gains(0.8, 0.02)}",
+    "stepwise bonus": f"@stepwise_bonus {ALONE} --scope_gain 0.005",
     "dual ascent": f"@dual_ascent {ALONE} --scope_integral_gain 0.05",
     "EntroPIC": f"@entropic {ALONE} {gains(1, 0.01)}",
     "band filter": f"@band_filter {ALONE} --scope_integral_band 0",

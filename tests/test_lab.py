@@ -152,7 +152,9 @@ def test_the_band_filter_keeps_one_sign_outside_the_band(H, kept):
     assert table.advantages[:12].tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["bonus_pi", "stepwise_bonus", "dual_ascent", "entropic", "band_filter"])
+@pytest.mark.parametrize(
+    "name", ["bonus_pi", "stepwise_bonus", "dual_ascent", "entropic", "flow_balance", "band_filter"]
+)
 def test_rivals_move_the_entropy_of_a_bandit_the_right_way(name):
     """A step of theirs against one of GRPO's. Of .45, .45, .1 the first is right; only the likely ones are drawn."""
     actions = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
@@ -166,13 +168,29 @@ def test_rivals_move_the_entropy_of_a_bandit_the_right_way(name):
         z = torch.tensor([0.45, 0.45, 0.1]).log().requires_grad_()
         logprobs = z.log_softmax(0)[actions][:, None]
         entropies, mask = token_entropy(z).expand(8, 1), torch.ones(8, 1, dtype=torch.bool)
-        loss, _ = scope_rl.scope_loss(logprobs, logprobs.detach(), entropies, mask, objective)
+        loss, _ = variant.scope_loss(logprobs, logprobs.detach(), entropies, mask, objective, 0.2, None)
         (gradient,) = torch.autograd.grad(loss, z)
         return token_entropy(z - 0.1 * gradient).item()
 
     assert entropy_after(0.25) > entropy_after(None) + 5e-5
     if name not in ("stepwise_bonus", "dual_ascent"):  # whose bonus is never negative
         assert entropy_after(0.55) < entropy_after(None) - 5e-5
+
+
+def test_the_flow_balance_takes_away_what_lowers_the_entropy_of_a_state():
+    """At a = -1 what is left of a step is, token by token, what raises H; at a = 1 what lowers it. gbar is left out."""
+    torch.manual_seed(0)
+    for sign in (-1, 1):
+        variant = experiments.FlowBalance()
+        variant.scope_temperature(0.4 + 9 * sign, 0.0, **LIMITS)
+        for action, A in ((a, A) for a in range(3) for A in (1.0, -1.0)):
+            z = torch.tensor([0.6, 0.3, 0.1]).log().requires_grad_()
+            objective = scope_rl.Objective(torch.tensor([A]), torch.tensor([1.0]), torch.tensor([0.0]))
+            x, H, mask = z.log_softmax(0)[action].view(1, 1), token_entropy(z).view(1, 1), torch.ones(1, 1).bool()
+            loss, _ = variant.scope_loss(x, x.detach(), H.detach(), mask, objective, 0.2, None)
+            usual, _ = scope_rl.scope_loss(x, x.detach(), H.detach(), mask, objective)
+            lowers = A * (math.log([0.6, 0.3, 0.1][action]) + 0.8979) > 0  # H of this policy
+            assert loss.item() == pytest.approx(2 * usual.item() if lowers == (sign > 0) else 0.0, abs=1e-6)
 
 
 def test_a_moving_target_falls_and_comes_back():
@@ -220,7 +238,9 @@ def test_a_variants_run_leaves_a_row_and_resumes_as_if_it_had_not_stopped(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         experiments.one_run((options, 1))
     assert set(asked) == {str(train.TINY / "start-1")}
-    assert experiments.one_run((options, 1)) == whole
+    resumed = experiments.one_run((options, 1))
+    assert resumed.pop("cpu_seconds") and whole.pop("cpu_seconds")  # no two runs have the same
+    assert resumed == whole
 
 
 def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import scope_rl
 import train
+from entropy import masked_mean
 
 sys.path.append(str(train.TINY))  # for the warm start, a script beside the model
 
@@ -72,6 +73,7 @@ RIVALS = {
     "stepwise bonus": f"@stepwise_bonus {ALONE} --scope_gain 0.005",
     "dual ascent": f"@dual_ascent {ALONE} --scope_integral_gain 0.05",
     "EntroPIC": f"@entropic {ALONE} {gains(1, 0.01)}",
+    "entropy-flow balance": f"@flow_balance {ALONE} {gains(5, 0.05)}",
     "band filter": f"@band_filter {ALONE} --scope_integral_band 0",
 }
 WEAK = f"--model {WORK}/weak"  # a third warm start, trained for a shorter time
@@ -133,6 +135,10 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         **{f"dual ascent, {eta}": f"@dual_ascent {ALONE} --scope_integral_gain {eta} {SHORT}" for eta in (0.05, 0.2)},
         **{f"PI on the bonus, {p}, {i}": f"{BONUS_PI} {gains(p, i)} {SHORT}" for p, i in ((0.4, 0.01), (0.8, 0.02))},
         **{f"EntroPIC, {p}, {i}": f"@entropic {ALONE} {gains(p, i)} {SHORT}" for p, i in ((1, 0.01), (5, 0.05))},
+        **{
+            f"entropy-flow balance, {p}, {i}": f"@flow_balance {ALONE} {gains(p, i)} {SHORT}"
+            for p, i in ((1, 0.01), (5, 0.05))
+        },
         **{f"band filter, {w}": f"@band_filter {ALONE} --scope_integral_band {w} {SHORT}" for w in (0, 0.04)},
     },
     **{
@@ -156,7 +162,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
 
 # --- Variants: what if the auxiliary term, or the rule that sets T, were made differently?
 class Variant:
-    """Takes the place of two functions of scope_rl while a run lasts; this one changes nothing.
+    """Takes the place of three functions of scope_rl while a run lasts; this one changes nothing. `run` is the run.
 
     In each step the rule is asked first and the table after, of the same object, so a rule can
     leave word for the table. What must last longer than a step belongs in `integral`, which the
@@ -164,6 +170,7 @@ class Variant:
     """
 
     scope_temperature = staticmethod(scope_rl.scope_temperature)
+    scope_loss = staticmethod(scope_rl.scope_loss)
 
     def objective_table(
         self, rewards: Tensor, auxiliary_rewards: Tensor, scope_weight: float, entropy_coef: float
@@ -284,6 +291,28 @@ class EntroPic(Variant):
         A *= 1 + self.a * A.sign()
 
 
+class FlowBalance(EntroPic):
+    """After OPEFO (arXiv 2605.11491), known to us by its abstract: each token weighs by what it does to the entropy.
+
+    weight 1 + a if A (x + H) > 0 else 1 - a,   a as in EntroPIC,   x = log p of the token, H of its context
+
+    To first order a step on the token changes H by -A (g - gbar), g = p (x + H) (theory, section 2); gbar, for
+    which all of p is needed, is left out.
+    """
+
+    def change(self, table, rewards, auxiliary, alpha):
+        """The table is GRPO's."""
+
+    def scope_loss(self, logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high):
+        loss, clipped = super().scope_loss(logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high)
+        A = objective.advantages[:, None]  # [B, 1]
+        ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # [B, S]
+        surrogate = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+        lowers = (A * (old_logprobs + entropies.detach())).sign()  # 1 or -1
+        extra = masked_mean(self.a * lowers * surrogate, mask, dim=1)  # [B]
+        return loss - (objective.weights * extra).sum(), clipped
+
+
 class BandFilter(Variant):
     """Entrocraft (arXiv 2604.26326): outside a band of the entropy only samples of one sign are kept.
 
@@ -328,6 +357,7 @@ VARIANTS: dict[str, type[Variant]] = {
     "stepwise_bonus": StepwiseBonus,
     "dual_ascent": DualAscent,
     "entropic": EntroPic,
+    "flow_balance": FlowBalance,
     "band_filter": BandFilter,
     "moving_target": MovingTarget,
     "dr_grpo": DrGrpo,
@@ -385,7 +415,7 @@ def one_run(job: tuple[str, int]) -> dict:
     arguments += ["--output_dir", str(folder), "--logging_steps", "0", *own]
     if (folder / "config.json").exists():
         arguments.append("--resume")
-    functions = {name: getattr(variant, name) for name in ("objective_table", "scope_temperature")}
+    functions = {name: getattr(variant, name) for name in ("objective_table", "scope_temperature", "scope_loss")}
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 Cells = dict[str, dict[int, dict]]
 COLUMNS = (
     ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
-    ("scope_temperature", "oscillation", "pass@4", "pass@16"),
+    ("scope_temperature", "oscillation", "pass@4", "pass@16", "cpu_seconds"),
 )
 DIFFERENCES = ("entropy", "reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
 # The rows and columns of `control` that README.md shows.
@@ -41,6 +41,7 @@ what they mean.
   trend is left included) are of the last fifth of the steps.
 - `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
 - `settling` is the number of steps after which every mean of ten steps lies within a tenth of H0; 350 is never.
+- `cpu_seconds` are those of a core for the whole run, evaluations included.
 - Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
   128 problems that no run trains on.
 - No ± is shown where there is one seed, or where all seeds agree.
@@ -213,17 +214,6 @@ def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_co
     return markdown(["SCOPE, with integral, minus", "seeds", *columns], rows)
 
 
-def costs() -> str:
-    """What a step costs: seconds of a core, in the runs of `tuning`, and samples beside GRPO's."""
-    cells, rows = cells_of("tuning"), []
-    base = cells["GRPO"]
-    for label, cell in cells.items():
-        seconds = [row["cpu_seconds"] / 200 for row in cell.values()]
-        ratios = [row["cpu_seconds"] / base[seed]["cpu_seconds"] for seed, row in cell.items()]
-        rows.append([label, len(cell), show(seconds), show(ratios), "25%" if label.startswith("SCOPE") else "none"])
-    return markdown(["controller", "seeds", "seconds a step", "times GRPO's", "extra samples"], rows)
-
-
 def document() -> str:
     """All of tables.md."""
     parts = [LEGEND]
@@ -298,7 +288,7 @@ def draw_rivals(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    figure, axes = plt.subplots(2, 4, figsize=(14, 5.6), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), sharex=True, sharey=True, layout="constrained")
     labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
     for axis, label in zip(axes.flat, labels, strict=True):
         for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):

@@ -338,8 +338,8 @@ def test_a_difference_among_many_needs_to_be_larger(two_labels):
 
 def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
-    # Seed 3 lacks a target. By hand: seeds 0 and 1 lead by .2 and .3; t is 12.706, so half is .635.
-    gains = {0.3: {0: 0.1, 1: 0.4, 3: 9}, 0.4: {0: 0.2, 1: 0.3, 3: 9}, 0.5: {0: 0.3, 1: 0.2}}
+    # By hand: seeds 0 and 1 lead by .2 and .3, seed 3, at one target, by -.1: mean .1333, sd .2082, t 4.303.
+    gains = {0.3: {0: 0.1, 1: 0.4}, 0.4: {0: 0.2, 1: 0.3, 3: -0.1}, 0.5: {0: 0.3, 1: 0.2}}
     rows = []
     for H0, cell in gains.items():
         table = experiments.EXPERIMENTS[f"rivals-{H0}"]
@@ -349,7 +349,7 @@ def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatc
                 rows.append(own | {"entropy": H0, "oscillation": 0.0, "entropies": [H0] * 35})
     experiments.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.lead(("pass@1", "entropy"))
-    assert text.splitlines()[2:] == ["| dual ascent | 2 | +0.25 ± 0.64 | +0.000 |"]
+    assert text.splitlines()[2:] == ["| dual ascent | 3 | 6 of 7 | +0.13 ± 0.52 | +0.000 |"]
 
 
 def test_the_spread_over_seeds_and_warm_starts():
@@ -370,11 +370,14 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
 
 
 def test_the_documents_show_what_the_rows_say():
-    """tables.md as a whole, the two tables of the lab's page, and the one at the top."""
+    """tables.md as a whole, the five tables of the lab's page, and the one at the top."""
     assert (THEORY / "lab" / "tables.md").read_text() == report.document()
     page = (THEORY / "lab" / "README.md").read_text()
     assert report.shown_control() in page
     assert report.offsets(report.cells_of("control")) in page
+    assert report.shown_tuning() in page
+    assert report.shown_rivals() in page
+    assert report.lead() in page
     assert report.shown_results() in (THEORY.parent / "README.md").read_text()
 
 

@@ -198,20 +198,28 @@ def shown_rivals() -> str:
     return means("controller, H0", shown, RIVAL_COLUMNS)
 
 
+def shown_tuning() -> str:
+    """Each setting that was tried: 200 steps at 0.4."""
+    return means("tuning", cells_of("tuning"), ("entropy", "error", "oscillation", "reward", "cpu_seconds"))
+
+
 def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_correct")) -> str:
-    """SCOPE with integral minus each rival: a seed's value is the mean of its differences at the three targets."""
-    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    rows = []
+    """SCOPE with integral minus each rival: a seed's value is the mean over the targets at which both have a row.
+
+    "Above" counts the pairs of one seed and target in which SCOPE has the higher Pass@1.
+    """
+    cells, rows = [cells_of(f"rivals-{H0}") for H0 in TARGETS], []
     for rival in experiments.RIVALS:
-        pairs = [(cell["SCOPE, with integral"], cell.get(rival, {})) for cell in cells.values()]
-        seeds = sorted(set.intersection(*(scope.keys() & other.keys() for scope, other in pairs)))
-        if len(seeds) > 1:
-            gains = [
-                [np.mean([scope[seed][name] - other[seed][name] for scope, other in pairs]) for seed in seeds]
-                for name in columns
-            ]
-            rows.append([rival, len(seeds), *(show(values, "+") for values in gains)])
-    return markdown(["SCOPE, with integral, minus", "seeds", *columns], rows)
+        pairs = {}  # seed -> rows of SCOPE and of the rival, a pair a target
+        for cell in cells:
+            for seed in cell["SCOPE, with integral"].keys() & cell.get(rival, {}).keys():
+                pairs.setdefault(seed, []).append((cell["SCOPE, with integral"][seed], cell[rival][seed]))
+        if pairs:
+            above = [scope["pass@1"] > other["pass@1"] for those in pairs.values() for scope, other in those]
+            gains = [[np.mean([s[name] - r[name] for s, r in those]) for those in pairs.values()] for name in columns]
+            shown = [show(values, "+") for values in gains]
+            rows.append([rival, len(pairs), f"{sum(above)} of {len(above)}", *shown])
+    return markdown(["SCOPE, with integral, minus", "seeds", "above", *columns], rows)
 
 
 def document() -> str:

@@ -3,12 +3,14 @@
 import json
 import math
 import re
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import countdown
 import experiments
 import probes
 import report
@@ -29,11 +31,14 @@ def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
     for options in experiments.EXPERIMENTS[experiment].values():
         variant, arguments = experiments.variant_and_arguments(options)
         config = train.parse_config(["--preset", "tiny", "--output_dir", "x", *arguments])
-        configs.add((type(variant), str(config)))
+        configs.add((type(variant).__name__, str(config)))
     assert len(configs) == len(experiments.EXPERIMENTS[experiment])
 
 
-@pytest.mark.parametrize("name", ["as it is", *experiments.VARIANTS])
+INGREDIENTS = ["both_signs", "mean_over_positives", "group_normalised", "equal_groups_dropped", "aepo"]
+
+
+@pytest.mark.parametrize("name", ["as it is", *INGREDIENTS])
 def test_variants_against_their_definitions_sample_by_sample(name):
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
     auxiliary, alpha, N = torch.tensor([1.0, 0, 1, 1, 0]), 0.5, 12
@@ -80,6 +85,131 @@ def test_aepo_switches_and_counts_the_first_positives_only(H, T, count):
     assert table.weights.tolist() == pytest.approx([1 / 512] * 640)
 
 
+# The rivals. A variant is asked for T with these limits, those of its experiment over them.
+LIMITS = {
+    "target": 0.4, "minimum": 0.8, "maximum": 1.2, "gain": 0.4, "integral_gain": 0.1, "integral_band": 0.1,
+}  # fmt: skip
+REWARDS = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+
+
+def tables_of(options: str, entropies: list[float], **limits) -> list[scope_rl.Objective]:
+    """The tables of a step each, after these entropies; T must be 1 throughout."""
+    variant, integral, tables = experiments.variant_and_arguments(options)[0], 0.0, []
+    for H in entropies:
+        T, integral = variant.scope_temperature(H, integral, **(LIMITS | limits))
+        assert T == 1
+        tables.append(variant.objective_table(REWARDS.clone(), torch.ones(1), 0.0, 0.0))
+        assert not tables[-1].has_gradient()[12:].any()  # the one auxiliary sample counts for nothing
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("options", "limits", "entropies", "bonuses"),
+    [
+        # e = -.4, .05, .08, .2, 0: the integral, .1 e a step, runs within .1 of the target and off the clip.
+        ("@bonus_pi", {}, [0.8, 0.35, 0.32, 0.2, 0.4], [-0.16, 0.02, 0.037, 0.093, 0.013]),
+        ("@bonus_pi", {"minimum": 1.0}, [0.8, 0.35, 0.45], [0.0, 0.02, 0.0]),
+        ("@bonus_pi", {"maximum": 1.01}, [0.3, 0.35, 0.4], [0.01, 0.01, 0.0]),
+        # c = .4, .8, 1, 1, .6, .2, 0, .4, of which those above the target are not applied.
+        (
+            "@stepwise_bonus", {},
+            [0.4, 0.39, 0.1, 0.1, 0.41, 0.9, 0.9, 0.3], [0.4, 0.8, 1.0, 1.0, 0.0, 0.0, 0.0, 0.4],
+        ),
+        # log (c / .03) = .1 times the sum of e
+        ("@dual_ascent", {}, [0.8, 0.1, 0.1], [0.03 * math.exp(x) for x in (-0.04, -0.01, 0.02)]),
+    ],
+)  # fmt: skip
+def test_a_controlled_bonus_step_by_step(options, limits, entropies, bonuses):
+    tables = tables_of(options, entropies, **limits)
+    for table, bonus in zip(tables, bonuses, strict=True):
+        assert table.entropy_coefs.tolist() == pytest.approx([bonus] * 12 + [0.0], abs=1e-7)
+        assert table.advantages[:12].tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
+        assert table.weights[:12].tolist() == pytest.approx([1 / 12] * 12)
+
+
+def test_entropic_weighs_positives_and_negatives_apart():
+    usual = scope_rl.group_advantages(REWARDS).flatten()
+    # a = .4 (H - H0) + .1 times the sum of those before: .16, -.08 + .04, .04 + .02; and -4.9 is clipped
+    for H, a in {(0.8,): 0.16, (0.8, 0.2): -0.04, (0.8, 0.2, 0.5): 0.06, (-12.0,): -1.0}.items():
+        table = tables_of("@entropic", list(H))[-1]
+        expected = [(1 + a if A > 0 else 1 - a) * A for A in usual.tolist()]
+        assert table.advantages[:12].tolist() == pytest.approx(expected, abs=1e-6)
+        assert table.entropy_coefs.tolist() == [0.0] * 13
+
+
+@pytest.mark.parametrize(
+    ("H", "kept"),
+    [
+        (0.35, [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),
+        (0.25, [[0, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]),
+        (0.55, [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]]),
+    ],
+)
+def test_the_band_filter_keeps_one_sign_outside_the_band(H, kept):
+    table = tables_of("@band_filter", [0.9, H])[-1]
+    expected = [k / sum(group) / 3 for group in kept for k in group]
+    assert table.weights[:12].tolist() == pytest.approx(expected)
+    assert table.advantages[:12].tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["bonus_pi", "stepwise_bonus", "dual_ascent", "entropic", "flow_balance", "band_filter"]
+)
+def test_rivals_move_the_entropy_of_a_bandit_the_right_way(name):
+    """A step of theirs against one of GRPO's. Of .45, .45, .1 the first is right; only the likely ones are drawn."""
+    actions = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    rewards = (actions == 0).float()[None]
+
+    def entropy_after(H: float | None) -> float:
+        variant, integral = experiments.VARIANTS[name]() if H else experiments.Variant(), 0.0
+        for _ in range(5 if H else 0):
+            _, integral = variant.scope_temperature(H, integral, **LIMITS)
+        objective = variant.objective_table(rewards, torch.zeros(0), 0.0, 0.0)
+        z = torch.tensor([0.45, 0.45, 0.1]).log().requires_grad_()
+        logprobs = z.log_softmax(0)[actions][:, None]
+        entropies, mask = token_entropy(z).expand(8, 1), torch.ones(8, 1, dtype=torch.bool)
+        loss, _ = variant.scope_loss(logprobs, logprobs.detach(), entropies, mask, objective, 0.2, None)
+        (gradient,) = torch.autograd.grad(loss, z)
+        return token_entropy(z - 0.1 * gradient).item()
+
+    assert entropy_after(0.25) > entropy_after(None) + 5e-5
+    if name not in ("stepwise_bonus", "dual_ascent"):  # whose bonus is never negative
+        assert entropy_after(0.55) < entropy_after(None) - 5e-5
+
+
+def test_the_flow_balance_takes_away_what_lowers_the_entropy_of_a_state():
+    """At a = -1 what is left of a step is, token by token, what raises H; at a = 1 what lowers it. gbar is left out."""
+    torch.manual_seed(0)
+    for sign in (-1, 1):
+        variant = experiments.FlowBalance()
+        variant.scope_temperature(0.4 + 9 * sign, 0.0, **LIMITS)
+        for action, A in ((a, A) for a in range(3) for A in (1.0, -1.0)):
+            z = torch.tensor([0.6, 0.3, 0.1]).log().requires_grad_()
+            objective = scope_rl.Objective(torch.tensor([A]), torch.tensor([1.0]), torch.tensor([0.0]))
+            x, H, mask = z.log_softmax(0)[action].view(1, 1), token_entropy(z).view(1, 1), torch.ones(1, 1).bool()
+            loss, _ = variant.scope_loss(x, x.detach(), H.detach(), mask, objective, 0.2, None)
+            usual, _ = scope_rl.scope_loss(x, x.detach(), H.detach(), mask, objective)
+            lowers = A * (math.log([0.6, 0.3, 0.1][action]) + 0.8979) > 0  # H of this policy
+            assert loss.item() == pytest.approx(2 * usual.item() if lowers == (sign > 0) else 0.0, abs=1e-6)
+
+
+def test_a_moving_target_falls_and_comes_back():
+    variant, _ = experiments.variant_and_arguments("@moving_target @stepwise_bonus --scope_gain 1")
+    variant.run = types.SimpleNamespace(config=types.SimpleNamespace(max_steps=350))
+    low = []
+    for variant.run.step in range(350):
+        variant.scope_temperature(0.4, 0.0, **(LIMITS | {"target": 0.5}))
+        low.append(variant.bonus == 0)  # .4 lies above the target
+    assert low == [False] * 150 + [True] * 100 + [False] * 100
+
+
+def test_dr_grpo_leaves_the_standard_deviation_out_also_for_a_rival():
+    centred = [1 / 2, -1 / 2, -1 / 2, 1 / 2, 0, 0, 0, 0, -1 / 4, -1 / 4, -1 / 4, 3 / 4]
+    assert tables_of("@dr_grpo @bonus_pi", [0.3])[0].advantages[:12].tolist() == pytest.approx(centred)
+    weighed = [(0.96 if A > 0 else 1.04) * A for A in centred]  # a = .4 (.3 - .4)
+    assert tables_of("@dr_grpo @entropic", [0.3])[0].advantages[:12].tolist() == pytest.approx(weighed)
+
+
 def test_a_variants_run_leaves_a_row_and_resumes_as_if_it_had_not_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path)
     usual, train_step, asked = scope_rl.objective_table, train.train_step, []
@@ -108,7 +238,9 @@ def test_a_variants_run_leaves_a_row_and_resumes_as_if_it_had_not_stopped(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         experiments.one_run((options, 1))
     assert set(asked) == {str(train.TINY / "start-1")}
-    assert experiments.one_run((options, 1)) == whole
+    resumed = experiments.one_run((options, 1))
+    assert resumed.pop("cpu_seconds") and whole.pop("cpu_seconds")  # no two runs have the same
+    assert resumed == whole
 
 
 def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatch):
@@ -123,7 +255,7 @@ def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatc
         assert int(answer) == int(a) + int(b)
 
 
-def test_the_llama_is_made_once_from_its_own_task(tmp_path, monkeypatch):
+def test_other_starts_are_made_once_from_their_tasks(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path)
     full, made = experiments.warm_start.warm_start, []
 
@@ -136,8 +268,15 @@ def test_the_llama_is_made_once_from_its_own_task(tmp_path, monkeypatch):
     assert folder == tmp_path / "llama-1"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert experiments.start(f"{experiments.SUMS} --algorithm grpo", 1) == folder
-    assert made == [(sums.example, 1)]
+    assert experiments.start(f"@bonus_pi {experiments.WEAK}", 3) == tmp_path / "weak"
+    assert made == [(sums.example, 1), (countdown.example, 2)]  # one weak start for all seeds
     assert experiments.start("--algorithm grpo", 2) == train.TINY / "start-0"
+
+
+def test_settling_is_the_end_of_the_last_part_outside_the_tenth():
+    assert experiments.settling([0.8, 0.41, 0.5, 0.43, 0.37, 0.4], 0.4) == 30
+    assert experiments.settling([0.42, 0.38], 0.4) == 0
+    assert experiments.settling([0.4] * 34 + [0.45], 0.4) == 350
 
 
 # --- report.py
@@ -197,6 +336,22 @@ def test_a_difference_among_many_needs_to_be_larger(two_labels):
     assert report.differences(many, ("pass@1",)).count("| +0.105 ± 0.064 |") == 4
 
 
+def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
+    # By hand: seeds 0 and 1 lead by .2 and .3, seed 3, at one target, by -.1: mean .1333, sd .2082, t 4.303.
+    gains = {0.3: {0: 0.1, 1: 0.4}, 0.4: {0: 0.2, 1: 0.3, 3: -0.1}, 0.5: {0: 0.3, 1: 0.2}}
+    rows = []
+    for H0, cell in gains.items():
+        table = experiments.EXPERIMENTS[f"rivals-{H0}"]
+        for seed, gain in cell.items():
+            for label, value in (("SCOPE, with integral", H0 + gain), ("dual ascent", H0)):
+                own = {"options": table[label], "seed": seed, "pass@1": value, "target": H0}
+                rows.append(own | {"entropy": H0, "oscillation": 0.0, "entropies": [H0] * 35})
+    experiments.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.lead(("pass@1", "entropy"))
+    assert text.splitlines()[2:] == ["| dual ascent | 3 | 6 of 7 | +0.13 ± 0.52 | +0.000 |"]
+
+
 def test_the_spread_over_seeds_and_warm_starts():
     H = {0: 0.1, 1: 0.3, 2: 0.2, 3: 0.4}
     course = [0.5] * 21 + [0.3] * 7 + [0.2] * 7
@@ -215,11 +370,14 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
 
 
 def test_the_documents_show_what_the_rows_say():
-    """tables.md as a whole, the two tables of the lab's page, and the one at the top."""
+    """tables.md as a whole, the five tables of the lab's page, and the one at the top."""
     assert (THEORY / "lab" / "tables.md").read_text() == report.document()
     page = (THEORY / "lab" / "README.md").read_text()
     assert report.shown_control() in page
     assert report.offsets(report.cells_of("control")) in page
+    assert report.shown_tuning() in page
+    assert report.shown_rivals() in page
+    assert report.lead() in page
     assert report.shown_results() in (THEORY.parent / "README.md").read_text()
 
 
@@ -229,10 +387,12 @@ def test_the_figures_are_drawn(two_labels, tmp_path):
     assert (tmp_path / "two.png").stat().st_size > 10_000
 
 
-def test_the_figure_at_the_top_is_drawn(tmp_path):
+def test_the_figures_of_entropies_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    report.draw_entropies(tmp_path / "entropies.png")
-    assert (tmp_path / "entropies.png").stat().st_size > 10_000
+    for draw in (report.draw_entropies, report.draw_rivals):
+        draw(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+        (tmp_path / "figure.png").unlink()
 
 
 def test_the_tables_of_signs_and_temperatures_show_what_the_rows_say():

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 Cells = dict[str, dict[int, dict]]
 COLUMNS = (
     ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
-    ("scope_temperature", "oscillation", "pass@4", "pass@16"),
+    ("scope_temperature", "oscillation", "pass@4", "pass@16", "cpu_seconds"),
 )
 DIFFERENCES = ("entropy", "reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
 # The rows and columns of `control` that README.md shows.
@@ -29,6 +29,9 @@ SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
 # What the README at the top shows, in a figure and a table.
 RESULTS = ("GRPO", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)))
 RESULTS_COLUMNS = ("entropy", "reward", "pass@1", "distinct_correct")
+# Rivals of SCOPE: the targets, and what the page shows of each.
+TARGETS = (0.3, 0.4, 0.5)
+RIVAL_COLUMNS = ("entropy", "error", "settling", "oscillation", "reward", "pass@1", "pass@16", "distinct_correct")
 LEGEND = """# All tables
 
 Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
@@ -37,6 +40,8 @@ what they mean.
 - Reward, entropy (nats a token), T and oscillation (the standard deviation over the steps, what
   trend is left included) are of the last fifth of the steps.
 - `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
+- `settling` is the number of steps after which every mean of ten steps lies within a tenth of H0; 350 is never.
+- `cpu_seconds` are those of a core for the whole run, evaluations included.
 - Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
   128 problems that no run trains on.
 - No ± is shown where there is one seed, or where all seeds agree.
@@ -185,14 +190,50 @@ def shown_results() -> str:
     return means("preset tiny", {label: cells[label] for label in RESULTS}, RESULTS_COLUMNS)
 
 
+def shown_rivals() -> str:
+    """Each controller at each target, as the lab's page shows them."""
+    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
+    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
+    shown = {f"{label}, {H0}": cells[H0][label] for label in labels for H0 in TARGETS if label in cells[H0]}
+    return means("controller, H0", shown, RIVAL_COLUMNS)
+
+
+def shown_tuning() -> str:
+    """Each setting that was tried: 200 steps at 0.4."""
+    return means("tuning", cells_of("tuning"), ("entropy", "error", "oscillation", "reward", "cpu_seconds"))
+
+
+def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_correct")) -> str:
+    """SCOPE with integral minus each rival: a seed's value is the mean over the targets at which both have a row.
+
+    "Above" counts the pairs of one seed and target in which SCOPE has the higher Pass@1.
+    """
+    cells, rows = [cells_of(f"rivals-{H0}") for H0 in TARGETS], []
+    for rival in experiments.RIVALS:
+        pairs = {}  # seed -> rows of SCOPE and of the rival, a pair a target
+        for cell in cells:
+            for seed in cell["SCOPE, with integral"].keys() & cell.get(rival, {}).keys():
+                pairs.setdefault(seed, []).append((cell["SCOPE, with integral"][seed], cell[rival][seed]))
+        if pairs:
+            above = [scope["pass@1"] > other["pass@1"] for those in pairs.values() for scope, other in those]
+            gains = [[np.mean([s[name] - r[name] for s, r in those]) for those in pairs.values()] for name in columns]
+            shown = [show(values, "+") for values in gains]
+            rows.append([rival, len(pairs), f"{sum(above)} of {len(above)}", *shown])
+    return markdown(["SCOPE, with integral, minus", "seeds", "above", *columns], rows)
+
+
 def document() -> str:
     """All of tables.md."""
     parts = [LEGEND]
     for name in experiments.EXPERIMENTS:
         cells = cells_of(name)
+        if not cells:
+            continue
         parts.append(f"## {name}\n")
-        parts += [means(name, cells, columns) for columns in COLUMNS]
-        parts += [differences(cells, DIFFERENCES), seed_by_seed(cells)]
+        known = set.intersection(*(set(row) for cell in cells.values() for row in cell.values()))
+        groups = [[column for column in columns if column in known] for columns in (*COLUMNS, DIFFERENCES)]
+        parts += [means(name, cells, columns) for columns in groups[:2]]
+        parts += [differences(cells, groups[2]), seed_by_seed(cells)]
         if name == "control":
             parts += [spread(cells), offsets(cells)]
     return "\n".join(parts)
@@ -250,11 +291,33 @@ def draw_entropies(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_rivals(path: Path) -> None:
+    """A panel a controller: the entropy over the run of every seed at each of the three targets."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
+    figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), sharex=True, sharey=True, layout="constrained")
+    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
+    for axis, label in zip(axes.flat, labels, strict=True):
+        for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):
+            rows = cells[H0].get(label, {}).values()
+            for row in rows:
+                axis.plot(range(5, 350, 10), row["entropies"], color=color, lw=0.8)
+            axis.axhline(H0, color=color, lw=0.8, ls=":", label=f"target {H0}, seeds: {len(rows)}")
+        axis.set(title=label, ylim=(0, 0.9))
+        axis.legend(fontsize=8, loc="upper right")
+    figure.supxlabel("step")
+    figure.supylabel("entropy, nats a token")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
     """Write tables.md and the figures."""
     draw_entropies(FOLDER / "figures" / "entropy.png")
+    draw_rivals(FOLDER / "figures" / "rivals.png")
     (FOLDER / "tables.md").write_text(document())
-    for name in experiments.EXPERIMENTS:
+    for name in ("control", "alpha", "target", "beyond", "ingredients", "transfer"):
         draw(FOLDER / "figures" / f"{name}.png", cells_of(name))
     print(f"tables.md and figures/ are in {FOLDER}")
 

@@ -85,7 +85,8 @@ def controllers(before: str, after: str) -> dict[str, str]:
     return {label: " ".join(f"{before} {options} {after}".split()) for label, options in own.items()}
 
 
-SHORT = f"{target(0.4)} --max_steps 200 --num_eval_problems 0"
+STEPS = "--max_steps 200 --num_eval_problems 0"
+SHORT = f"{target(0.4)} {STEPS}"
 # An experiment is a table of label -> options. "@NAME" before them names one of VARIANTS.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "control": {
@@ -129,7 +130,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },
     # Tuned on tracking alone, in shorter runs without evaluation. Their time is that of 200 steps.
     "tuning": {
-        "GRPO": f"{GRPO} {SHORT}",
+        "GRPO": f"{GRPO} {STEPS}",
         "SCOPE, with integral": SHORT,
         **{f"stepwise bonus, {d}": f"@stepwise_bonus {ALONE} --scope_gain {d} {SHORT}" for d in (0.001, 0.005)},
         **{f"dual ascent, {eta}": f"@dual_ascent {ALONE} --scope_integral_gain {eta} {SHORT}" for eta in (0.05, 0.2)},

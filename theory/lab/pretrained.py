@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 import experiments
+import probes
 import report
 import rollout
 import scope_rl
 import train
-from entropy import entropy_of, log_policy, logprobs_and_entropies
+from entropy import entropy_of, log_policy, logprobs_and_entropies, masked_mean
 
 FOLDER = Path(__file__).parent
 ROWS = FOLDER / "pretrained.jsonl"
@@ -48,6 +49,9 @@ EXPERIMENT = {
     "collapsed: SCOPE, T = 1.5": f"--max_steps 12 {SLOW} {TERM} {experiments.constant(1.5)}",
     "collapsed: top 5, mean over positives, T = 2": (
         f"@top_k=5,positives --max_steps 16 {SLOW} {TERM} {experiments.constant(2)}"
+    ),
+    "collapsed: the same, learning rate 2e-5": (
+        f"@top_k=5,positives --max_steps 12 --warmup_steps 3 {TERM} {experiments.constant(2)}"
     ),
     "collapsed: top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 20 {SLOW} {TERM} {RULE}",
     "top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 40 {SLOW} {TERM} {RULE}",
@@ -106,14 +110,18 @@ class NotingSampler(rollout.Sampler):
         return chosen
 
 
+def mean_changes(samples: rollout.Rollout) -> Tensor:
+    """The mean over each completion's tokens of what the sampler noted of the batch last sampled `[B]`."""
+    counts, changes = samples.completion_mask.sum(1), torch.stack(NotingSampler.changes, -1)  # [B], [B, C]
+    inside = torch.arange(changes.shape[1]) < counts[:, None]
+    return torch.where(inside, changes, 0.0).sum(1) / counts
+
+
 def note(samples: rollout.Rollout, table: scope_rl.Objective, rewards: Tensor, prompt: Tensor, N: int) -> dict:
     """What both parts of J add to H, by the tabular theory to first order; shares of right samples.
 
     `other` ones are right, and differ from the most frequent right ordinary sample of their prompt."""
-    counts, changes = samples.completion_mask.sum(1), torch.stack(NotingSampler.changes, -1)  # [B], [B, C]
-    inside = torch.arange(changes.shape[1]) < counts[:, None]
-    change = torch.where(inside, changes, 0.0).sum(1) / counts  # [B]
-    parts, right = table.weights * table.advantages * change, rewards == 1
+    parts, right = table.weights * table.advantages * mean_changes(samples), rewards == 1
     texts: dict[int, Counter] = {}
     for i in range(N):
         if right[i]:
@@ -194,6 +202,37 @@ KEPT = (
 )  # fmt: skip
 
 
+# --- What a policy's gradients do to its entropy
+def probe(model: str, seed: int) -> None:
+    """Print, for GRPO's gradient and for that of positives drawn at T, dH / d eta on the contexts of the
+    prompts sampled and on those of 8 others, and the tabular prediction; each is per unit of eta."""
+    options = f"{COMMON} --model {model} --output_dir {WORK / 'none'} --per_device_train_batch_size 64"
+    run = train.set_up(train.parse_config(options.split()))
+    shutil.rmtree(WORK / "none")
+    torch.manual_seed(seed)
+    own, others = run.task.train[:8], run.task.train[8:16]
+    with mock.patch.multiple(rollout, Sampler=NotingSampler, score=score):
+        samples, rewards = probes.draw(run, own, 64, 1.0)  # eight of each, going round
+        advantages = scope_rl.group_advantages(rewards.view(8, 8).T).T.flatten()
+        terms = {"GRPO": (samples, advantages / 64, mean_changes(samples))}
+        slopes = [probes.entropy_gradient(run, s) for s in (samples, probes.draw(run, others, 64, 1.0)[0])]
+    for k, T in ((0, 1.0), (0, 1.2), (0, 1.5), (0, 2.0), (5, 1.5), (5, 2.0), (5, 3.0)):
+        sampler = type("Sampler", (NotingSampler,), {"top_k": k})
+        with mock.patch.multiple(rollout, Sampler=sampler, score=score):
+            samples, rewards = probes.draw(run, own, 48, T)
+            right = f"T = {T}, " + (f"top {k}" if k else "all tokens") + f", {rewards.mean():.0%} right"
+            terms[right] = samples, rewards / rewards.sum().clamp(min=1), mean_changes(samples)
+    for name, (samples, weights, changes) in terms.items():
+        rows = weights.nonzero()[:, 0]
+        if len(rows) > 0:
+            logprobs, _ = score(run.model, samples, rows)
+            (weights[rows] * masked_mean(logprobs, samples.completion_mask[rows], dim=1)).sum().backward()
+            gradient = probes.take_gradient(run)
+            real = [(slope @ gradient).item() for slope in slopes]
+            predicted = (weights * changes).sum()
+            print(f"| {name} | {real[0]:+.2f} | {real[1]:+.2f} | {predicted:+.4f} |", flush=True)
+
+
 def table() -> str:
     """A line a row: the entropy of the first, the lowest and the last steps, and means of the last eight."""
     lines = []
@@ -214,10 +253,13 @@ def main() -> None:
     parser.add_argument("label", nargs="?", choices=EXPERIMENT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="a new folder for the policy at the end")
+    parser.add_argument("--probe", action="store_true", help="of the model's gradients, instead of a run")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.probe:
+        return probe(args.model, args.seed)
     if args.label is None:
         return print(table(), end="")
-    torch.set_num_threads(1)
     row = one_run(args.model, args.label, args.seed, args.save)
     with open(ROWS, "a") as file:
         file.write(json.dumps(row) + "\n")

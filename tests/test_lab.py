@@ -467,3 +467,9 @@ def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path,
     assert {len(row[name]) for name in pretrained.KEPT} == {3}
     assert (tmp_path / "end" / "model.safetensors").exists() and not list((tmp_path / "work").iterdir())
     assert min(row["scope_temperature"]) >= 1.2
+
+
+def test_the_page_shows_the_rows_of_the_pretrained_model():
+    assert pretrained.table() in (THEORY / "lab" / "README.md").read_text()
+    for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
+        assert row["label"].startswith("stopped") or row["options"] == pretrained.EXPERIMENT[row["label"]]

@@ -50,11 +50,16 @@ EXPERIMENT = {
     "collapsed: top 5, mean over positives, T = 2": (
         f"@top_k=5,positives --max_steps 16 {SLOW} {TERM} {experiments.constant(2)}"
     ),
-    "collapsed: the same, learning rate 2e-5": (
+    "collapsed: top 5, mean over positives, T = 2, 2e-5": (
         f"@top_k=5,positives --max_steps 12 --warmup_steps 3 {TERM} {experiments.constant(2)}"
     ),
     "collapsed: top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 20 {SLOW} {TERM} {RULE}",
+    "GRPO, learning rate 5e-6": f"--max_steps 24 {SLOW} --algorithm grpo",
     "top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 40 {SLOW} {TERM} {RULE}",
+    "top 5, mean over positives, H0 0.3, integral": (
+        f"@top_k=5,positives --max_steps 36 {SLOW} {TERM} {RULE} --scope_temperature_max 2.5"
+        " --scope_integral_gain 0.5 --scope_integral_band 1"
+    ),
 }
 
 

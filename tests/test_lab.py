@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+import arithmetic
+import closed_forms as cf
 import countdown
 import experiments
+import pretrained
 import probes
 import report
 import reward
+import rollout
 import scope_rl
 import sums
 import train
@@ -569,3 +573,87 @@ def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp
     assert "over 2 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert (tmp_path / "mean" / "model.safetensors").exists()
+
+
+# --- pretrained.py and its task
+
+
+def test_the_sums_asked_are_checked_and_the_splits_share_none():
+    config = train.Config(seed=3)
+    task, again = arithmetic.task(config), arithmetic.task(train.Config(seed=4))
+    assert task.test == again.test and task.train != again.train and sorted(task.train) == sorted(again.train)
+    assert len(task.train + task.test) == len({*task.train, *task.test}) == 400
+    problem = reward.Problem("What is 7 + 12?", "19")
+    assert problem in task.train + task.test
+    right = ("19", "19.", "The answer is 19.", "7 + 12 = 19")
+    assert [task.reward(problem, text) for text in (*right, "7 + 12", "", "191")] == [1] * 4 + [0] * 3
+
+
+def test_every_label_is_a_config_of_its_own():
+    configs = set()
+    for options in pretrained.EXPERIMENT.values():
+        words = options.split()
+        changes = words.pop(0) if words[0].startswith("@") else ""
+        config = train.parse_config([*pretrained.COMMON.split(), "--output_dir", "x", *words])
+        configs.add((changes, str(config)))
+    assert len(configs) == len(pretrained.EXPERIMENT)
+
+
+def test_a_prompt_read_once_scores_the_same(random_model, tokenizer):
+    model, prompts = random_model(), ["1,2,3:6=", "4,5,6:11=", "1,2,3:6="]
+    samples = rollout.generate(model, tokenizer, prompts * 2, torch.ones(6), 8)
+    rows = torch.tensor([5, 0, 1, 2])
+    results = []
+    for score in (rollout.score, pretrained.score):
+        logprobs, entropies = score(model, samples, rows)
+        (logprobs.sum() + 0.3 * entropies.sum()).backward()
+        results.append([logprobs.detach(), entropies.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    for usual, once in zip(*results, strict=True):
+        assert torch.allclose(usual, once, atol=1e-4)
+
+
+def test_the_noting_sampler_notes_the_tabular_change_and_draws_hot_rows_from_the_likeliest():
+    logits, T = 2 * torch.randn(6, 30), torch.tensor([1.0, 1, 1, 5, 5, 5])
+    sampler = type("Sampler", (pretrained.NotingSampler,), {"top_k": 2})(T)
+    for _ in range(40):
+        tokens = sampler(torch.zeros(6, 1), logits).argmax(1)
+        assert (tokens[3:, None] == logits[3:].topk(2).indices).any(1).all()
+        g, gbar = cf.sensitivity(logits.double())
+        expected = gbar - g.gather(1, tokens[:, None])[:, 0]
+        assert sampler.changes[-1].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+        x = torch.log_softmax(logits, 1).gather(1, tokens[:, None])[:, 0]
+        assert torch.allclose(sampler.noted[-1], torch.stack([x, token_entropy(logits)]), atol=1e-5)
+
+
+def test_the_rule_ahead_follows_a_falling_entropy():
+    """H falls by .1 a step: smoothed and extrapolated, it is below the target before H is."""
+    limits = {"target": 0.5, "minimum": 1.0, "maximum": 2.0, "gain": 1.0}
+    rule, state = pretrained.Changed("ahead=5").scope_temperature, 0.0
+    temperatures = []
+    for H in np.arange(1.5, 0.6, -0.1):
+        T, state = rule(H, state, **limits)
+        temperatures.append(T)
+    assert temperatures[0] == 1 and temperatures[-1] > 1.1
+
+
+def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "WORK", tmp_path / "work")
+    task = Path(train.TINY) / "countdown.py"
+    monkeypatch.setattr(
+        pretrained, "COMMON", f"--preset tiny --generation_batch_size 8 --num_generations 4 --task {task}"
+    )
+    options = "@top_k=3,positives --max_steps 3 --num_eval_problems 0 --scope_temperature_min 1.2"
+    monkeypatch.setattr(pretrained, "EXPERIMENT", {"short": options})
+    usual = rollout.score, train.update, scope_rl.objective_table
+    row = pretrained.one_run(str(model_folder), "short", 1, tmp_path / "end")
+    assert usual == (rollout.score, train.update, scope_rl.objective_table)
+    assert {len(row[name]) for name in pretrained.KEPT} == {3}
+    assert (tmp_path / "end" / "model.safetensors").exists() and not list((tmp_path / "work").iterdir())
+    assert min(row["scope_temperature"]) >= 1.2
+
+
+def test_the_page_shows_the_rows_of_the_pretrained_model():
+    assert pretrained.table() in (THEORY / "lab" / "README.md").read_text()
+    for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
+        assert row["label"].startswith("stopped") or row["options"] == pretrained.EXPERIMENT[row["label"]]

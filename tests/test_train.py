@@ -639,7 +639,7 @@ def test_a_resumed_run_takes_alphas_weight_with_it(arguments, tmp_path):
     """The weight is alpha's unless it was given apart, also when alpha changes on --resume."""
     for given, expected in (([], 0.5), (["--scope_weight", "0.3"], 0.3)):
         folder = tmp_path / str(expected)
-        plain = [x for x in arguments if x not in ("--preset", "tiny")] + ["--preset", "laptop"]
+        plain = [x for x in arguments if x not in ("--preset", "tiny")] + ["--preset", "qwen3-0.6b"]
         plain += ["--max_completion_length", "8"]
         train.set_up(train.parse_config([*plain, "--output_dir", str(folder), *given]))
         again = ["--resume", "--output_dir", str(folder), "--scope_alpha", "0.5"]

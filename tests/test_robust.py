@@ -1297,7 +1297,10 @@ def test_killed_terminated_and_interrupted_forty_times_a_run_ends_as_if_left_alo
     def start(name, *more):
         command = [sys.executable, "train.py", *line, "--output_dir", str(tmp_path / name), *more]
         with open(tmp_path / "said", "wb") as said:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said)
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said, preexec_fn=heed)
+
+    def heed():  # a shell's background job ignores Ctrl-C, and so would what it starts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def rows():
         metrics = tmp_path / "stopped" / "metrics.jsonl"

@@ -153,18 +153,15 @@ class Changed(experiments.Variant):
     def scope_temperature(self, entropy, integral, **limits):
         ahead = self.changes.get("ahead")
         if ahead is None:
-            return RULE_OF_SCOPE(entropy, integral, **limits)
+            return super().scope_temperature(entropy, integral, **limits)
         level, slope = integral or (entropy, 0.0)  # in the integral's place, where checkpoints hold it
         smoothed = 0.5 * (level + slope) + 0.5 * entropy
         slope += 0.3 * (smoothed - level - slope)
-        return RULE_OF_SCOPE(smoothed + ahead * slope, 0.0, **limits)[0], (smoothed, slope)
+        return super().scope_temperature(smoothed + ahead * slope, 0.0, **limits)[0], (smoothed, slope)
 
     def change(self, table, rewards, auxiliary, alpha):
         if "positives" in self.changes:
             experiments.MeanOverPositives().change(table, rewards, auxiliary, alpha)
-
-
-RULE_OF_SCOPE = scope_rl.scope_temperature
 
 
 def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict:

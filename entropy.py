@@ -48,43 +48,36 @@ class ChunkedHead(torch.autograd.Function):
     """`logprobs_and_entropies` with its gradient, both a chunk of logits `[n, V]` at a time."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, chunk_size: int):
+    def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, chunk_size: int):
         logprobs, entropies = [], []
         for h, a in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
-            x = log_policy(nn.functional.linear(h, weight, bias))  # log p  [n, V]
+            x = log_policy(h @ weight.T)  # log p  [n, V]
             logprobs.append(x.gather(1, a[:, None])[:, 0])
             entropies.append(entropy_of(x))
-        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(entropies))
+        ctx.save_for_backward(hidden, weight, tokens, torch.cat(entropies))
         ctx.chunk_size = chunk_size
-        ctx.set_materialize_grads(False)  # d_entropies is None where no loss depends on them
         return torch.cat(logprobs), torch.cat(entropies)
 
     @staticmethod
-    def backward(ctx, d_logprobs: Tensor | None, d_entropies: Tensor | None):
-        hidden, weight, bias, tokens, entropies = ctx.saved_tensors
+    def backward(ctx, d_logprobs: Tensor, d_entropies: Tensor):
+        hidden, weight, tokens, entropies = ctx.saved_tensors
         d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        d_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, len(tokens), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            x = log_policy(nn.functional.linear(hidden[rows], weight, bias))  # [n, V]
-            d = torch.zeros_like(x[:, :1]) if d_logprobs is None else d_logprobs[rows, None]  # [n, 1]
-            if d_entropies is None:
-                dz = x.exp_().mul_(-d)  # -p_b d
-            else:
-                p, u = x.exp(), x.add_(entropies[rows, None])  # u = x + H
-                dz = p.mul_(u.mul_(-d_entropies[rows, None]).sub_(d))  # -p_b (u_b d_H + d)
+            x = log_policy(hidden[rows] @ weight.T)  # [n, V]
+            d, d_H, H = (y[rows, None] for y in (d_logprobs, d_entropies, entropies))  # [n, 1]
+            u = (x + H).mul_(d_H).add_(d)  # [n, V]; in place, as these are what takes memory
+            dz = x.exp_().neg_().mul_(u)  # -p_b (d + (x_b + H) d_H)
             dz.scatter_add_(1, tokens[rows, None], d)  # + 1[a = b] d
             d_hidden[rows] = dz @ weight
             d_weight.addmm_(dz.T, hidden[rows])
-            if bias is not None:
-                d_bias += dz.sum(0)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, None, None
 
 
 def logprobs_and_entropies(hidden: Tensor, head: nn.Linear, tokens: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """log p of each token id, `[N]`, and H of its distribution, `[N]` nats, at T = 1, from states
-    `[N, D]` and a head `[V, D]`; in float32 or better, and independent of the chunk size."""
-    return ChunkedHead.apply(at_least_float32(hidden), head.weight, head.bias, tokens, chunk_size)
+    `[N, D]` and a head `[V, D]` without bias; in float32 or better, and independent of the chunk size."""
+    return ChunkedHead.apply(at_least_float32(hidden), head.weight, tokens, chunk_size)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -1,13 +1,11 @@
 """Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-The task here is *question and answer*: JSONL with `question` and `answer`, the final answer after
-`####`, as in GSM8K. (theory/tiny/countdown.py is another.) The model's output is hostile input: it
-is only ever matched against patterns of linear time, and read as numbers of bounded length.
+What is rewarded here is the right final answer to a question, read from JSONL with `question` and
+`answer`, as GSM8K is. (Tasks are theory/lab/gsm8k.py, and others beside it.) The model's output is
+hostile input: it is only matched against patterns of linear time, and read as short numbers.
 """
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,6 @@ from math import comb, isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 
@@ -34,15 +31,9 @@ class Task(NamedTuple):
     reward: Callable[[Problem, str], float]
 
 
-INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
 WHOLE = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+|(?=\.[0-9])"  # 1,200 or 1200, or nothing before .5
 NUMBER = re.compile(rf"(?:(?<![0-9])-)?\$?(?:{WHOLE})(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,2}})?")
 BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # as of \frac{\sqrt{3}}{2}
-GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-GSM8K_SHA256 = {
-    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-}
 
 
 def check(condition: bool, message: str) -> None:
@@ -51,19 +42,14 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; with its type where that is a word, as in KeyError('task')."""
-    text = str(error).strip()
-    return (text if " " in text else repr(error)).splitlines()[0]
-
-
 @contextmanager
 def explaining(failure: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     """Turn whatever is raised in there, and each library has its own, into a line for the user."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise kind(f"{failure}: {first_line(error)}") from None
+        text = str(error).strip()  # and its type, where that is a word, as in KeyError('task')
+        raise kind(f"{failure}: {(text if ' ' in text else repr(error)).splitlines()[0]}") from None
 
 
 def number(text: str) -> Decimal | None:
@@ -110,29 +96,6 @@ def load_problems(path: str | Path) -> list[Problem]:
             problems.append(Problem(question, answer))
     check(len(problems) > 0, f"{path} holds no problems")
     return problems
-
-
-def download_gsm8k(split: str) -> Path:
-    """GSM8K's "train" or "test" file, cached in $SCOPE_RL_CACHE; ValueError if it cannot be had."""
-    folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
-    path = folder / f"gsm8k-{split}.jsonl"
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != GSM8K_SHA256[split]:
-        with explaining("cannot download GSM8K (give --train_file and --test_file)"):
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{GSM8K}{split}.jsonl", str(path), GSM8K_SHA256[split])
-    return path
-
-
-def question_answer(train_file: str | None, test_file: str | None) -> Task:
-    """The task of a file, or of GSM8K; without a test file its last tenth is to evaluate on."""
-    train = load_problems(train_file or download_gsm8k("train"))
-    if test_file or not train_file:
-        test = load_problems(test_file or download_gsm8k("test"))
-    else:
-        held_out = -(-len(train) // 10)
-        train, test = train[:-held_out], train[-held_out:]
-        check(len(train) > 0, f"{train_file} holds one problem: without --test_file it takes two or more")
-    return Task(train, test, INSTRUCTION, answer_reward)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

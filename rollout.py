@@ -9,8 +9,8 @@ laid out so, and need no attention mask: a causal model's tokens never look at w
     completion_mask   [B, S]   0    0   0   1    1    1     1      0     0       <eos> is an action
 """
 
-import inspect
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -24,32 +24,27 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
 from reward import check, explaining
 
-INVERTING = {"cpu"}  # where a random number for each token of the vocabulary costs too much
 SEGMENT = 64  # tokens between two looks at which rows have ended
-ARGUMENTS = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE = "cache" if "cache" in ARGUMENTS else "past_key_values"  # its name before transformers 5.24
 LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
+warnings.filterwarnings("ignore", "`(past_key_values|gradient_)", FutureWarning)  # 5.17 has them
 
 
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
     """The model, on the GPU if there is one, and its tokenizer, such that `score` sees its policy.
 
-    Weights are float32: an update of 1e-6 is below half a step of bfloat16, and would be lost. With
-    `bf16` the body runs in bfloat16 (autocast), its head in float32: logits of 16 to 32 would be
-    rounded to steps of 0.125. Dropout is off for good, or other policies would be sampled than the
-    one scored; so all that `model.train()` turns on is gradient checkpointing. Raises ValueError if
-    they cannot be loaded, or if in either mode logits are not the head's output on the body's states
-    (a soft cap or a scale, which `score` misses)."""
+    Weights are float32: updates of 1e-6 would be lost in bfloat16. With `bf16` the body runs in it
+    (autocast), but not the head, whose logits of 16 to 32 it would round to steps of 0.125. Dropout
+    is off for good, or other policies would be sampled than the one scored; `model.train()` turns on
+    gradient checkpointing and no more. Raises ValueError if they cannot be loaded, or if logits are
+    not the head's weights times the states (a soft cap, a scale, a bias: `score` knows none)."""
     with explaining(f"cannot load the model {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
+        rates = {key for key, value in config.to_dict().items() if isinstance(value, float)}
+        config.update({key: 0.0 for key in rates if "drop" in key})
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    missing = min(info["missing_keys"], default=None)
-    check(missing is None, f"the model {name} lacks weights, for example {missing}")
+    check(not info["missing_keys"], f"the model {name} lacks weights: {sorted(info['missing_keys'])[:3]}")
     check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
     check(all(w.isfinite().all() for w in model.parameters()), f"weights of {name} are not finite")
 
@@ -61,15 +56,15 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     if bf16:
         body.forward = torch.autocast(model.device.type, torch.bfloat16)(body.forward)
         head.register_forward_pre_hook(lambda head, inputs: (at_least_float32(inputs[0]),))
-    if gradient_checkpointing:  # by its newer name where there is one
-        older = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.arange(4, device=model.device)[None]
     for mode in (True, False):  # evaluation mode last: it stays
         with torch.no_grad():
             logits = model.train(mode)(input_ids=ids, use_cache=False).logits  # [1, 4, V]
-            wanted = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-        is_plain = torch.allclose(logits.float(), wanted.float(), atol=1e-3)
+            states = body(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = at_least_float32(states) @ head.weight.T
+        is_plain = torch.allclose(logits.float(), wanted, atol=1e-3)
         check(is_plain, f"{name} changes its logits after the output head: choose another model")
     return model, tokenizer
 
@@ -80,7 +75,7 @@ class Rollout:
 
     sequences: Tensor  # [B, S] token ids
     completion_mask: Tensor  # [B, S] bool, true up to and including the first end token
-    logprobs: Tensor  # [B, S] log pi_old of each token, at temperature 1, as it was drawn; 0 outside
+    logprobs: Tensor  # [B, S] log pi_old of each token as it was drawn, at temperature 1; 0 outside
     entropies: Tensor  # [B, S] H of the distribution it came from, at temperature 1, nats
     lengths: Tensor  # [B] tokens of prompt and completion together
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
@@ -89,11 +84,10 @@ class Rollout:
 
 def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
     """Questions in the model's chat template, with thinking off, or as plain text without one. What
-    is a special token there, and could end the turn, is spelt out. ValueError if the template fails."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile("|".join(map(re.escape, special)))
+    is a special token and could end the turn is spelt out. ValueError if the template fails."""
+    special = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special)
     contents = [f"{question}\n\n{instruction}" for question in questions]
-    contents = [special.sub(lambda token: " ".join(token.group()), content) for content in contents]
+    contents = [re.sub(special, lambda token: " ".join(token.group()), content) for content in contents]
     if tokenizer.chat_template is None:
         return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
@@ -123,8 +117,7 @@ def generate(
     left = {"padding": True, "padding_side": "left", "add_special_tokens": False}
     inputs = tokenizer(list(distinct), return_tensors="pt", **left).to(device)  # [U, P]
 
-    special = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(do_sample=False, use_cache=True, **special)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     try:
         with torch.autocast(device.type, enabled=False):  # outside the body's: keeps the weights it has cast
             sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
@@ -148,40 +141,23 @@ def generate(
     return Rollout(sequences, completion_mask, logprobs, entropies, lengths, ~is_end.any(1), texts)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values, in buffers that grow by a segment; no token makes copies of all."""
+class AutocastCache(DynamicCache):
+    """Holds keys and values as attention uses them; under autocast Qwen3's keys come in float32."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        device, dtype = key_states.device.type, key_states.dtype
-        if torch.is_autocast_enabled(device):  # which leaves Qwen3's, normalised, in float32
-            dtype = torch.get_autocast_dtype(device)  # as attention has them
-        new = key_states.to(dtype), value_states.to(dtype)  # [b, heads, n, head_dim] each
-        if not self.is_initialized:
-            self.lazy_initialization(*new)
-            self.keys, self.values = self.buffers = [x[..., :0, :] for x in new]
-        start, n = self.keys.shape[-2], new[0].shape[-2]
-        if start + n > self.buffers[0].shape[-2]:
-            self.buffers = [F.pad(x, (0, 0, 0, n + SEGMENT)) for x in (self.keys, self.values)]
-        for buffer, x in zip(self.buffers, new, strict=True):
-            buffer[..., start : start + n, :] = x
-        self.keys, self.values = (buffer[..., : start + n, :] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)  # makes copies, without room
-        self.buffers = [self.keys, self.values]
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        device, dtype = keys.device.type, keys.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Row i continues prompt which[i]. Returns ids, `[B, P + T]`, padded on the left, and what
-    `Sampler` noted, `[2, B, P + T]`. A prompt is read once, for all its rows. Then come segments of a
-    few tokens, after which rows that have ended leave batch and cache; a model whose cache cannot be
-    cut by rows (a recurrent one) gets one call instead."""
-    config, cache = model.generation_config, DynamicCache(config=model.config)
+    """Row i continues prompt which[i]: ids, `[B, P + T]`, padded on the left, and what `Sampler`
+    noted, `[2, B, P + T]`. A prompt is read once, for all its rows. After a segment of tokens rows
+    that have ended leave batch and cache, or if its rows cannot be cut (a recurrent one's), go on."""
+    config, cache = model.generation_config, AutocastCache(config=model.config)
     kinds = {type(layer) for layer in cache.layers}
     by_rows = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not model._is_stateful
-    cache.layers = [GrowingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    segment, options = (SEGMENT, {CACHE: cache}) if by_rows else (length, {})
+    segment, options = (SEGMENT, {"past_key_values": cache}) if by_rows else (length, {})
     ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
     if by_rows and ids.shape[1] > 1:  # all but the last token; the one sampled here is not used
         model.generate(ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
@@ -193,10 +169,8 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
     rows, left = torch.arange(len(which), device=ids.device), length  # rows that go on  [b]
     while len(rows) > 0 and left > 0:
         sampler = Sampler(temperatures[rows])
-        new = model.generate(
-            sequences[rows], attention_mask=mask, max_new_tokens=min(segment, left),
-            logits_processor=[sampler], **options,
-        )[:, sequences.shape[1] :]  # [b, n]  # fmt: skip
+        options |= {"max_new_tokens": min(segment, left), "logits_processor": [sampler]}
+        new = model.generate(sequences[rows], attention_mask=mask, **options)[:, sequences.shape[1] :]  # [b, n]
         n, going_on = new.shape[1], ~torch.isin(new, ends).any(1)  # [b]
         sequences, noted = F.pad(sequences, (0, n), value=config.pad_token_id), F.pad(noted, (0, n))
         sequences[rows, -n:], noted[:, rows, -n:] = new, torch.stack(sampler.noted, -1)[..., :n]
@@ -207,8 +181,7 @@ def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, 
 
 
 class Sampler:
-    """A logits processor that draws from softmax(z / T), row by row, and forbids all other tokens.
-    It notes log p of the token and H, at temperature 1."""
+    """A logits processor that draws from softmax(z / T), and notes log p and H, at temperature 1."""
 
     def __init__(self, temperatures: Tensor) -> None:
         self.temperatures = temperatures[:, None]  # [b, 1]
@@ -216,12 +189,10 @@ class Sampler:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
-        if p.device.type in INVERTING:  # the cumulative distribution; multinomial is slow on a CPU
-            cumulative = p.cumsum(-1, dtype=torch.float64)
-            u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
-            tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
-        else:
-            tokens = torch.multinomial(p.nan_to_num(1.0), 1)  # a NaN, an error here, is found by the entropy
+        precise = torch.float32 if p.device.type == "mps" else torch.float64  # not on Apple's GPU
+        cumulative = p.cumsum(-1, dtype=precise)  # multinomial: a random number a token, not a row
+        u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
+        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         log_p = log_policy(logits)  # [b, V]
         self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)

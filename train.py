@@ -37,7 +37,7 @@ import reward
 import rollout
 import scope_rl
 from entropy import masked_mean
-from reward import check, explaining, first_line
+from reward import check, explaining
 
 
 # --- Config
@@ -75,7 +75,7 @@ class Config:
     algorithm: Literal["scope", "grpo"] = option("scope", "grpo: without the auxiliary samples")
     generation_batch_size: int = option(128, "ordinary completions a step, over all prompts")
     num_generations: int = option(8, "G, completions of a prompt")
-    max_completion_length: int = option(512, "tokens; a completion not ended by then gets reward 0")
+    max_completion_length: int = option(512, "tokens; one that does not end then gets reward 0")
     num_mini_batches: int = option(2, "gradient steps on each step's samples")
     learning_rate: float = option(1e-6, "of AdamW, constant after the warm-up, no weight decay")
     warmup_steps: int = option(10, "steps over which the learning rate rises")
@@ -95,66 +95,58 @@ class Config:
     scope_integral_band: float = option(0.1, "nats from H0 within which the integral runs")
 
     # The machine: none of these changes what is computed, but for rounding
-    full_determinism: bool = option(False, "repeat runs on a GPU to the last bit; slower")
     bf16: bool = option(True, "the model's body in bfloat16; weights and logits stay float32")
     gradient_checkpointing: bool = option(True, "less memory, more time in the backward pass")
     per_device_train_batch_size: int = option(8, "completions in a forward pass of an update")
     per_device_eval_batch_size: int = option(128, "completions sampled at once in evaluation")
 
     def __post_init__(self) -> None:
-        """Fill in what follows from other options. ValueError names all that cannot work."""
-        self.scope_weight = self.scope_alpha if self.scope_weight is None else self.scope_weight
-        problems = []
+        """Raises ValueError, which names all that cannot work."""
+        problems = [f"{name} is empty" for name, value in vars(self).items() if value == ""]
         for name, value in vars(self).items():
-            low = AT_LEAST.get(name, 0)
-            if isinstance(value, int | float) and not low <= value <= 1e9:
-                problems.append(f"{name} is {value}, must be a number from {low} to 1e9")
+            least = int(type(value) is int and name not in MAY_BE_0)
+            if isinstance(value, int | float) and not least <= value <= 1e9:
+                problems.append(f"{name} is {value}, must be a number from {least} to 1e9")
         T_min, T_max = self.scope_temperature_min, self.scope_temperature_max
         has_file = self.train_file or self.test_file
         prompts, rest = divmod(self.generation_batch_size, max(1, self.num_generations))
         impossible = {
+            "num_generations must be above 1": self.num_generations < 2,
             "generation_batch_size must be a multiple of num_generations": rest > 0,
             "epsilon must be below 1": self.epsilon >= 1,
             "num_mini_batches is more than a step's prompts": self.num_mini_batches > prompts,
-            "scope_temperature_min exceeds scope_temperature_max": T_min > T_max,
+            "max_grad_norm must be above 0": self.max_grad_norm < 1e-6,
+            "scope_temperature_min must be from 0.01 to scope_temperature_max": not 0.01 <= T_min <= T_max,
             "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
         }
         problems += [problem for problem, is_so in impossible.items() if is_so]
-        problems += [f"{name} is empty" for name, value in vars(self).items() if value == ""]
         check(not problems, "; ".join(problems))
 
 
+MAY_BE_0 = "seed", "eval_steps", "logging_steps", "warmup_steps", "num_eval_problems"  # of integers
 STATE = "step", "entropy", "integral", "evaluations"  # of a Run, in checkpoints
-AT_LEAST = dict.fromkeys(
-    ["max_steps", "save_steps", "num_train_problems", "num_eval_generations", "num_mini_batches",
-     "generation_batch_size", "max_completion_length", "per_device_train_batch_size",
-     "per_device_eval_batch_size"], 1,
-) | {"num_generations": 2, "max_grad_norm": 1e-6, "scope_temperature_min": 0.01}  # fmt: skip
-SHOWN = "reward", "entropy", "scope_temperature"  # of the metrics, on screen
 KEPT = "preset", "model", "task", "train_file", "test_file", "instruction", "algorithm", "seed"
 TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
 PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The command line over the preset (--resume: over the run's config) over the defaults. Raises
-    ValueError for what is none of the options, or does not go together."""
-    about = __doc__.partition("\n")[0]
-    parser = transformers.HfArgumentParser(Config, description=about, allow_abbrev=False)
+    """The command line over the preset (--resume: over the run's config) over the defaults, or ValueError."""
+    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False)
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
         with explaining(f"nothing to resume: --output_dir must name a run; {args.output_dir}"):
             options = json.loads((Path(args.output_dir) / "config.json").read_text()).items()
-            texts = [f"--{name}={value}" for name, value in options if value is not None]
-            stored = vars(parser.parse_args(texts))
+            stored = vars(parser.parse_args([f"--{name}={value}" for name, value in options if value is not None]))
             wrong = [name for name, value in options if stored[name] != value]
             check(not wrong, f"config.json has something else for {', '.join(wrong)}")
     else:
         without_gpu = "laptop" if "--model" in (name.partition("=")[0] for name in argv) else "tiny"
         preset = args.preset or ("qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
         stored = runpy.run_path(PRESETS[preset])["PRESET"] if preset in PRESETS else {}
-        stored |= {"preset": preset, "output_dir": time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")}
+        folder = time.strftime(f"outputs/{preset}-{args.algorithm}-%Y%m%d-%H%M%S")
+        stored |= {"preset": preset, "output_dir": folder}
     parser.set_defaults(**stored)
     args = parser.parse_args(argv)
     changed = [name for name in KEPT if args.resume and getattr(args, name) != stored[name]]
@@ -180,17 +172,16 @@ class Run:
     integral: float = 0.0  # I of the temperature rule
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # what eval.json holds
     stopped_by: str = ""  # a signal, after which the run ends with the step it is in
-    stopped_at: float = math.inf  # when it came, by time.monotonic
     writer: Any = None  # TensorBoard's, if wanted
     lock: Any = None  # on output_dir, held for as long as the run lives
 
     def stop(self, number: int, frame) -> None:
-        """Note a signal. A later one interrupts; within a second it is the same: `timeout` sends two."""
-        if time.monotonic() > self.stopped_at + 1:
+        """Note a signal; a second Ctrl-C interrupts. (Of SIGTERM `timeout` sends two at once.)"""
+        if number == signal.SIGINT and self.stopped_by:
             raise KeyboardInterrupt
-        self.stopped_by, self.stopped_at = signal.Signals(number).name, min(self.stopped_at, time.monotonic())
+        self.stopped_by = signal.Signals(number).name
         with suppress(OSError):  # who read it may have ended by the same signal
-            os.write(2, f"\n{self.stopped_by}: ends after this step, or at once if it comes again\n".encode())
+            os.write(2, f"\n{self.stopped_by}: ends with this step; Ctrl-C ends it now\n".encode())
 
 
 def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
@@ -215,15 +206,15 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
         raise FloatingPointError(f"the entropy of step {run.step + 1} is not finite")
 
     # 5. Gradient steps.
-    groups, weight = rewards[:N].view(-1, G), config.scope_weight
-    objective = scope_rl.objective_table(groups, rewards[N:], weight, config.entropy_coef)
+    alpha = config.scope_alpha if config.scope_weight is None else config.scope_weight
+    objective = scope_rl.objective_table(rewards[:N].view(-1, G), rewards[N:], alpha, config.entropy_coef)
     loss, norm, clip_fraction = update(run, samples, prompt.to(rewards.device), objective)
 
     run.step += 1
     metrics = {
         "step": run.step,
-        "reward": groups.mean().item(),  # mean of the ordinary completions
-        "frac_reward_zero_std": (groups.std(1) == 0).float().mean().item(),  # teach nothing
+        "reward": rewards[:N].mean().item(),  # mean of the ordinary completions
+        "frac_reward_zero_std": (rewards[:N].view(-1, G).std(1) == 0).float().mean().item(),  # teach nothing
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
         "scope_positive_frac": (rewards[N:] == 1).float().mean().item() if M else 0.0,  # reinforced
@@ -236,8 +227,7 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
         "rollout_seconds": rollout_seconds,
         "update_seconds": time.perf_counter() - start - rollout_seconds,
     }
-    rows = [0, N] if M else [0]
-    return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in rows]
+    return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in range(0, N + M, N)]
 
 
 def control(run: Run) -> tuple[float, int]:
@@ -257,8 +247,8 @@ def control(run: Run) -> tuple[float, int]:
 def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
     """The `count` problems of a step: passes over all of them, each in its own random order."""
     size = len(problems)
-    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]  # pass, place in it
-    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n in {n for n, _ in places}}
+    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]
+    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n, _ in places}
     return [problems[orders[n][i]] for n, i in places]
 
 
@@ -266,8 +256,7 @@ def sample(run: Run, problems: list, temperatures: Tensor) -> tuple[rollout.Roll
     """A completion of each problem at its temperature, and the rewards `[B]`: 0 where truncated."""
     run.model.eval()
     prompts = [run.prompts[problem.question] for problem in problems]
-    length = run.config.max_completion_length
-    samples = rollout.generate(run.model, run.tokenizer, prompts, temperatures, length)
+    samples = rollout.generate(run.model, run.tokenizer, prompts, temperatures, run.config.max_completion_length)
     answered = zip(problems, samples.texts, strict=True)
     rewards = torch.tensor([float(run.task.reward(problem, text)) for problem, text in answered])
     return samples, rewards.to(run.model.device) * ~samples.truncated
@@ -277,7 +266,6 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_
     """Gradient steps on -J, one a mini-batch of prompts; `prompt` `[B]` is each sample's. Returns
     loss, gradient norm and clip fraction, means over mini-batches with something to learn."""
     config, model, stats = run.config, run.model.train(), []
-    has_bonus = bool(objective.entropy_coefs.any())  # else the entropies need no gradient
     warm_up = min(1.0, (run.step + 1) / max(1, config.warmup_steps))
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     for m in range(config.num_mini_batches):
@@ -291,7 +279,6 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_
         loss, clipped = 0.0, 0.0
         for micro in rows.split(config.per_device_train_batch_size):
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, S]
-            entropies = entropies if has_bonus else entropies.detach()
             micro_loss, micro_clipped = scope_rl.scope_loss(
                 logprobs, samples.logprobs[micro], entropies, samples.completion_mask[micro],
                 objective.rows(micro), config.epsilon, config.epsilon_high,
@@ -310,11 +297,13 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_
 
 
 # --- The run
-def evaluate(run: Run) -> dict[str, float]:
-    """Means of Pass@k and `distinct_correct` over the test problems; samples are seeded alike."""
+def evaluate(run: Run, name: str) -> None:
+    """Means of Pass@k and `distinct_correct` over the test problems, once; printed, and in eval.json."""
+    if name in run.evaluations:
+        return
     n, size = run.config.num_eval_generations, run.config.per_device_eval_batch_size
     texts, rewards = [], []
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # alike in every run
     problems = [problem for problem in run.task.test for _ in range(n)]
     for first in tqdm(range(0, len(problems), size), desc="evaluate", leave=False):
         batch = problems[first : first + size]
@@ -323,35 +312,26 @@ def evaluate(run: Run) -> dict[str, float]:
 
     groups = [slice(first, first + n) for first in range(0, len(problems), n)]
     num_right = [rewards[g].count(1) for g in groups]  # grades below 1 are not right
-    ks = [k for k in (1, 4, 16, 64, 256) if k <= n]
-    values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in ks}
+    values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in (1, 4, 16, 64, 256) if k <= n}
     values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
-    return {name: float(np.mean(numbers)) for name, numbers in values.items() if numbers}
-
-
-def evaluate_once(run: Run, name: str) -> None:
-    """Evaluate, unless the run that is resumed has done so; print it, and add it to eval.json."""
-    if name not in run.evaluations:
-        run.evaluations[name] = evaluate(run)
-        write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
-    means = ", ".join(f"{key} {value:.3f}" for key, value in run.evaluations[name].items())
-    tqdm.write(f"{name}: {means}")
+    means = {key: float(np.mean(numbers)) for key, numbers in values.items() if numbers}
+    run.evaluations[name] = means
+    write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
+    tqdm.write(f"{name}: " + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
 
 
 def train(run: Run) -> None:
     """The whole run: evaluate, train, evaluate, save the model; a line of metrics every step."""
     config, output, idle = run.config, Path(run.config.output_dir), 0
-    steps = f"steps {run.step} to {config.max_steps}, into {config.output_dir}"
-    print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, {steps}")
-    size, count = run.model.num_parameters(), len(run.task.train)
-    print(f"{size:,} parameters on {run.model.device}, {count} problems")
-    evaluate_once(run, "before")
+    print(f"preset {config.preset}: {config.algorithm} on {Path(config.task).stem}, into {output}")
+    print(f"{run.model.num_parameters():,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    evaluate(run, "before")
 
     with open(output / "metrics.jsonl", "a" if run.step else "w", buffering=1) as metrics_file:
         bar = tqdm(range(run.step, config.max_steps), "train", config.max_steps, initial=run.step)
         for step in bar:
             if config.eval_steps and step % config.eval_steps == 0 < step:
-                evaluate_once(run, f"step {step}")
+                evaluate(run, f"step {step}")
             metrics, shown = train_step(run)
 
             # To the files, and then to the screen, which may be gone.
@@ -363,16 +343,16 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
                 if run.stopped_by:
                     raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
-            bar.set_postfix({name: metrics[name] for name in SHOWN})
+            bar.set_postfix({name: metrics[name] for name in ("reward", "entropy", "scope_temperature")})
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
                     tqdm.write(f"  T {T:.2f}, reward {R:g}: {question!r:.100} -> {text!r:.400}")
             idle = idle + 1 if metrics["grad_norm"] == 0 else 0
             if idle == 10:
-                tqdm.write("ten steps had nothing to learn from: in each group all rewards are equal")
+                tqdm.write("ten steps had nothing to learn from: all rewards of a group are equal")
 
-    evaluate_once(run, "after")
+    evaluate(run, "after")
     with explaining(f"cannot write {output / 'model'} (is the disk full?)", OSError):
         run.model.save_pretrained(output / "model")
         run.tokenizer.save_pretrained(output / "model")
@@ -384,17 +364,13 @@ def set_up(config: Config) -> Run:
     if config.report_to == "tensorboard":
         from torch.utils import tensorboard  # or an error, before anything is done
     output = Path(config.output_dir)
-    names = "config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"
+    names = ["config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"]
     found = [name for name in names if (output / name).exists() and not config.resume]
-    instead = "add --resume, or choose another --output_dir"
-    check(not found, f"{output} holds a run already ({', '.join(found)}): {instead}")
+    check(not found, f"{output} holds a run already ({found[:1]}): add --resume, or choose another")
     check(not (output / "model").is_file(), f"{output / 'model'} is a file, not a folder")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
     task = load_task(config)
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line, on a GPU
-    torch.use_deterministic_algorithms(config.full_determinism)
     model, tokenizer = rollout.load_policy(config.model, config.bf16, config.gradient_checkpointing)
     prompts = prepare_prompts(config, task, model, tokenizer)
     fused = model.device.type == "cuda"
@@ -402,15 +378,13 @@ def set_up(config: Config) -> Run:
     run = Run(config, task, prompts, model, tokenizer, optimizer)
 
     output.mkdir(parents=True, exist_ok=True)
-    run.lock = filelock.FileLock(output / "lock", timeout=0)
     with explaining(f"cannot lock {output} (does another run write into it?)"):
-        run.lock.acquire()
+        run.lock = filelock.FileLock(output / "lock", timeout=0).acquire()
     if config.resume:
         load_checkpoint(run)
     if config.report_to == "tensorboard":
         run.writer = tensorboard.SummaryWriter(output, purge_step=run.step + 1)
-    weight = config.scope_weight if config.scope_weight != config.scope_alpha else None  # alpha's
-    write_whole(output / "config.json", vars(config) | {"resume": False, "scope_weight": weight})
+    write_whole(output / "config.json", vars(config) | {"resume": False})
     return run
 
 
@@ -420,55 +394,49 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     prompts = rollout.format_prompts(tokenizer, questions, config.instruction or task.instruction)
     ids = tokenizer(prompts, add_special_tokens=False).input_ids
     unread = not all(ids) or len(set(map(tuple, ids))) == 1 < len(set(questions))
-    check(not unread, f"questions are empty, or all are the same to {config.model}: is its tokenizer complete?")
+    check(not unread, f"questions are empty or all alike to {config.model}: check its tokenizer")
     special = tokenizer.eos_token_id, tokenizer.pad_token_id or 0
     V, largest = model.get_input_embeddings().num_embeddings, max(map(max, [*ids, special]))
     check(largest < V, f"the tokenizer has a token {largest}, but the model only {V}")
-    is_possible = config.scope_target_entropy < math.log(V)
-    check(is_possible, f"scope_target_entropy must be below {math.log(V):.2f}, the log of {V} tokens")
+    check(config.scope_target_entropy < math.log(V), f"scope_target_entropy must be below log {V}")
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest, question = max(zip(map(len, ids), questions, strict=True))
-    too_long = f"{longest} prompt tokens + max_completion_length exceed the {room} positions"
-    check(longest + config.max_completion_length <= room, f"{too_long}: {question!r:.60}")
+    fits = longest + config.max_completion_length <= room
+    check(fits, f"{longest} prompt tokens + max_completion_length exceed {room} positions: {question!r:.60}")
     return dict(zip(questions, prompts, strict=True))
 
 
 def load_task(config: Config) -> reward.Task:
     """The task, with as many problems as wanted. Raises ValueError if there is none."""
-    if config.task == "gsm8k":
-        task = reward.question_answer(config.train_file, config.test_file)
-    else:
-        needed = "gsm8k or a Python file with a function task"
-        with explaining(f"--task must be {needed}, not {config.task}"):
-            task = runpy.run_path(config.task)["task"](config)
-            check(task.train and all(isinstance(p.question, str) for p in task.train + task.test), "no questions")
+    path = LAB / "gsm8k.py" if config.task == "gsm8k" else Path(config.task)
+    check(path.is_file(), f"--task must be gsm8k or a Python file, not {config.task}")
+    with explaining(f"the task {config.task} fails"):
+        task = runpy.run_path(str(path))["task"](config)
+        questions = [problem.question for problem in task.train + task.test]
+        check(task.train and all(isinstance(q, str) for q in questions), "it has no questions")
     train, test = task.train[: config.num_train_problems], task.test[: config.num_eval_problems]
     return task._replace(train=train, test=test)
 
 
 # --- Files
-def write_whole(path: Path, content: dict, previous: Path | None = None) -> None:
-    """Write JSON, or a checkpoint, and put it in place at once: a crash leaves the old file, which
-    goes to `previous` if that is given. Raises OSError."""
+def write_whole(path: Path, content: dict) -> None:
+    """Write JSON, or a checkpoint, and put it in place at once. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     with explaining(f"cannot write {path} (is the disk full?)", OSError):
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=2) + "\n")
         else:
             torch.save(content, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
         os.replace(temporary, path)
 
 
 def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
+    if path.exists():
+        os.replace(path, path.with_name("checkpoint-previous.pt"))  # until the new one is whole
     content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    content["state"] = {name: getattr(run, name) for name in STATE}
-    write_whole(path, content, path.with_name("checkpoint-previous.pt"))
+    write_whole(path, content | {"state": {name: getattr(run, name) for name in STATE}})
 
 
 def load_checkpoint(run: Run) -> None:
@@ -499,10 +467,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     try:
         run = set_up(parse_config(sys.argv[1:]))
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {first_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("stopped before it began")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit("error: " + (str(error) or "stopped before it began").splitlines()[0])
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(getattr(signal, name), run.stop)
@@ -510,8 +476,7 @@ def main() -> None:
     try:
         train(run)
     except torch.OutOfMemoryError:
-        sampling = "generation_batch_size or per_device_eval_batch_size (sampling)"
-        smaller = f"per_device_train_batch_size (updates), {sampling}"
+        smaller = "per_device_train_batch_size, generation_batch_size or per_device_eval_batch_size"
         sys.exit(f"out of memory: lower {smaller}, or add --gradient_checkpointing\n{resume}")
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}\n{resume} --learning_rate {run.config.learning_rate / 2:g}")

@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gsm8k
 import reward
 from reward import Problem, answer_reward, final_answer, load_problems, pass_at_k
 
@@ -126,53 +128,58 @@ def test_bad_data_files_are_named_in_one_line(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
+def files(train_file=None, test_file=None):
+    """What the task reads of a config."""
+    return types.SimpleNamespace(train_file=train_file, test_file=test_file)
+
+
 def test_data_files_of_ones_own(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"question": f"q{i}\u2028", "answer": i if i % 2 else f"because\n#### {i}"} for i in range(20)]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    task = reward.question_answer(str(path), None)
+    task = gsm8k.task(files(path))
     assert [len(task.train), len(task.test)] == [18, 2]
     assert task.test[-1] == Problem("q19\u2028", "19")
     path.write_text('{"question": "half of 5?", "answer": 2.5}')
     assert load_problems(path) == [Problem("half of 5?", "2.5")]
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(ValueError, match="one problem"):
-        reward.question_answer(str(path), None)
+        gsm8k.task(files(path))
 
 
 def test_download_is_checked_and_kept(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "#### 1"}\n')
     monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reward, "GSM8K", f"file://{tmp_path}/")
+    monkeypatch.setattr(gsm8k, "URL", f"file://{tmp_path}/")
     for split in ("train", "test"):  # the wrong content, and no file at all
         with pytest.raises(ValueError, match="cannot download GSM8K"):
-            reward.download_gsm8k(split)
+            gsm8k.download(split)
     assert not list((tmp_path / "cache").iterdir())
     digest = hashlib.sha256((tmp_path / "train.jsonl").read_bytes()).hexdigest()
-    monkeypatch.setitem(reward.GSM8K_SHA256, "train", digest)
-    path = reward.download_gsm8k("train")
+    monkeypatch.setitem(gsm8k.SHA256, "train", digest)
+    path = gsm8k.download("train")
     (tmp_path / "train.jsonl").unlink()
-    assert reward.download_gsm8k("train") == path
+    assert gsm8k.download("train") == path
     assert load_problems(path) == [Problem("a", "1")]
 
 
 def test_where_the_problems_of_each_split_come_from(tmp_path, monkeypatch):
     """Files of one's own, GSM8K's two files, each checked against its own hash, or a held-out tenth, rounded up."""
     monkeypatch.setenv("SCOPE_RL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(reward, "GSM8K", f"file://{tmp_path}/")
+    monkeypatch.setattr(gsm8k, "URL", f"file://{tmp_path}/")
     for name in ("train", "test", "mine", "mine too"):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"question": f"{name} {i}", "answer": i}) + "\n" for i in range(11)))
-        monkeypatch.setitem(reward.GSM8K_SHA256, name, hashlib.sha256(path.read_bytes()).hexdigest())
+        monkeypatch.setitem(gsm8k.SHA256, name, hashlib.sha256(path.read_bytes()).hexdigest())
     mine, mine_too = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine too.jsonl")
-    for files, train, test in [
+    for paths, train, test in [
         ((None, None), "train", "test"),
         ((None, mine), "train", "mine"),
         ((mine, mine_too), "mine", "mine too"),
     ]:
-        task = reward.question_answer(*files)
+        task = gsm8k.task(files(*paths))
         assert [p.question for p in task.train] == [f"{train} {i}" for i in range(11)]
         assert [p.question for p in task.test] == [f"{test} {i}" for i in range(11)]
-    task = reward.question_answer(mine, None)
+    task = gsm8k.task(files(mine))
     assert [p.answer for p in task.train] == [str(i) for i in range(9)]
     assert [p.answer for p in task.test] == ["9", "10"]

@@ -68,10 +68,8 @@ def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
     config = train.parse_config([])
     assert (config.preset, config.model, config.task, config.bf16) == ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "gsm8k", True)
     # The published constants, where no preset departs from them.
-    assert (config.scope_target_entropy, config.scope_alpha, config.scope_weight) == (0.5, 1 / 64, 1 / 64)
+    assert (config.scope_target_entropy, config.scope_alpha, config.scope_weight) == (0.5, 1 / 64, None)
     assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
-    assert train.parse_config(["--scope_alpha", "0.5"]).scope_weight == 0.5
-    assert train.parse_config(["--scope_alpha", "0.5", "--scope_weight", "1"]).scope_weight == 1
     assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
     # A resumed run keeps its config but for what the command line says.
     (tmp_path / "config.json").write_text(json.dumps({"preset": "tiny", "epsilon": 0.3, "max_steps": 7}))
@@ -86,7 +84,7 @@ def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
         (["--max_completion_length", "0"], "max_completion_length is 0, must be a number from 1"),
         (["--learning_rate", "-1"], "learning_rate is -1.0"),
         (["--learning_rate", "nan"], "learning_rate is nan"),
-        (["--scope_temperature_min", "2"], "exceeds scope_temperature_max"),
+        (["--scope_temperature_min", "2"], "must be from 0.01 to scope_temperature_max"),
         (["--num_mini_batches", "999"], "num_mini_batches is more"),
         (["--resume"], "nothing to resume"),
         (["--resume", "--output_dir", "/nowhere"], "nothing to resume"),
@@ -137,7 +135,7 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
     assert list(evaluations) == ["before", "after"]
     assert list(evaluations["after"]) == ["pass@1", "pass@4", "distinct_correct"]
     assert json.loads((folder / "config.json").read_text())["algorithm"] == algorithm
-    assert f"{algorithm} on easy, steps 0 to 4" in capsys.readouterr().out
+    assert f"{algorithm} on easy, into {folder}" in capsys.readouterr().out
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     for name, value in finished.model.state_dict().items():
@@ -209,12 +207,14 @@ def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments
 
 def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_path, monkeypatch):
     run([*arguments, "--max_steps", "2"])
-    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    folder = tmp_path / "run"
+    good = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(torch, "save", lambda content, path: (path.write_bytes(b"half"), 1 / 0))
     resume = [*arguments, "--resume", "--max_steps", "4"]
     with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt \(is the disk full\?\): division by zero"):
         run(resume)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+    assert (folder / "checkpoint-previous.pt").read_bytes() == good
+    assert not (folder / "checkpoint.pt").exists()
     monkeypatch.undo()
     assert train.set_up(train.parse_config(resume)).step == 2
 
@@ -222,7 +222,13 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
 def test_a_resumed_run_goes_on_from_its_checkpoint_and_without_one_from_the_start(arguments, tmp_path, monkeypatch):
     """Both end as the run that was not stopped; what was evaluated before training is not evaluated again."""
     calls, evaluate = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda run: calls.append(run.step) or evaluate(run))
+
+    def spy(run, name):
+        if name not in run.evaluations:
+            calls.append(run.step)
+        evaluate(run, name)
+
+    monkeypatch.setattr(train, "evaluate", spy)
     files = [tmp_path / name / "eval.json" for name in ("run", "stopped")]
     run(arguments)
     arguments += ["--output_dir", str(tmp_path / "stopped")]
@@ -249,7 +255,7 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4}\n{"st')
     torch.manual_seed(1)
-    finished.lock.release()
+    finished.lock.lock.release()
     resumed = train.set_up(train.parse_config([*arguments, "--resume"]))
     assert (resumed.step, resumed.entropy, resumed.integral) == (3, 0.375, 0.0625)
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
@@ -301,14 +307,14 @@ def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, dama
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"cannot load the model|lacks weights|are the same to|no model of such a name"
+        ValueError, match=r"cannot load the model|lacks weights|are empty or all alike|no model of such a name"
     ) as error:
         train.set_up(train.parse_config(arguments))
     assert "\n" not in str(error.value)
 
 
 def test_prompts_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed the 64 positions"):
+    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed 64 positions"):
         train.set_up(train.parse_config([*arguments, "--max_completion_length", "60"]))
 
 
@@ -529,9 +535,11 @@ def test_an_evaluation_is_pass_at_k_of_each_problem_always_drawn_alike(arguments
 
     monkeypatch.setattr(train, "sample", scripted)
     expected = {"pass@1": (0 + 1 / 4 + 1) / 3, "pass@4": 2 / 3, "distinct_correct": (0 + 1 + 3) / 3}
-    assert train.evaluate(one) == pytest.approx(expected)
-    one.config.seed = 1
-    assert train.evaluate(one) == pytest.approx(expected)
+    Path(one.config.output_dir).mkdir(exist_ok=True)
+    for seed, name in enumerate(("before", "after", "after")):  # what is evaluated already is not evaluated again
+        one.config.seed = seed
+        train.evaluate(one, name)
+        assert one.evaluations[name] == pytest.approx(expected)
     assert random_numbers[:3] == random_numbers[3:]
 
 
@@ -578,36 +586,22 @@ def test_out_of_memory_ends_in_one_line_that_names_settings(arguments, monkeypat
     assert stop.value.code.endswith(f"--resume --output_dir {arguments[-1]}")
 
 
-def test_a_checkpoint_is_read_on_the_cpu_and_determinism_is_torchs(arguments, monkeypatch):
+def test_a_checkpoint_is_read_on_the_cpu(arguments, monkeypatch):
     """AdamW's step counters stay on the host, where they cost no waiting, and the GPU holds nothing twice."""
     run([*arguments, "--max_steps", "2"])
     places, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *given, **options: places.append(options) or load(*given, **options))
-    train.set_up(train.parse_config([*arguments, "--resume", "--full_determinism"]))
+    train.set_up(train.parse_config([*arguments, "--resume"]))
     assert places == [{"map_location": "cpu", "weights_only": True}]
-    assert torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
 
 
-def test_an_entropy_bonus_raises_the_entropy_and_only_then_is_it_differentiated(arguments, tmp_path, monkeypatch):
-    """One step on the bonus alone; without a bonus the entropies reach the loss without a gradient."""
+def test_an_entropy_bonus_raises_the_entropy(arguments, tmp_path, monkeypatch):
+    """One step on the bonus alone."""
     plain_gradient_descent(monkeypatch)
-    differentiated, loss = [], scope_rl.scope_loss
-
-    def spy(*given):
-        differentiated.append(given[2].requires_grad)
-        return loss(*given)
-
-    monkeypatch.setattr(scope_rl, "scope_loss", spy)
     options = ["--algorithm", "grpo", "--learning_rate", "5", "--max_grad_norm", "1e9", "--num_mini_batches", "1"]
     with_bonus, first = after_one_step(arguments, tmp_path / "a", *options, "--entropy_coef", "1", reward=0.0)
     with_bonus.step = 0  # the same prompts and random numbers
     assert train.train_step(with_bonus)[0]["entropy"] > first["entropy"] + 0.01
-    assert all(differentiated)
-    differentiated.clear()
-    after_one_step(arguments, tmp_path / "b", *options)
-    assert differentiated
-    assert not any(differentiated)
 
 
 def test_micro_batches_cost_no_waiting_for_the_device(arguments, tmp_path, monkeypatch):
@@ -637,13 +631,14 @@ def test_micro_batches_cost_no_waiting_for_the_device(arguments, tmp_path, monke
 
 def test_a_resumed_run_takes_alphas_weight_with_it(arguments, tmp_path):
     """The weight is alpha's unless it was given apart, also when alpha changes on --resume."""
-    for given, expected in (([], 0.5), (["--scope_weight", "0.3"], 0.3)):
+    for given, expected in (([], None), (["--scope_weight", "0.3"], 0.3)):  # None is alpha's
         folder = tmp_path / str(expected)
         plain = [x for x in arguments if x not in ("--preset", "tiny")] + ["--preset", "qwen3-0.6b"]
         plain += ["--max_completion_length", "8"]
         train.set_up(train.parse_config([*plain, "--output_dir", str(folder), *given]))
         again = ["--resume", "--output_dir", str(folder), "--scope_alpha", "0.5"]
         assert train.parse_config(again).scope_weight == expected
+        assert train.parse_config(again).scope_alpha == 0.5
 
 
 @pytest.mark.parametrize(
@@ -665,7 +660,9 @@ def test_a_config_that_is_not_this_programs_is_refused_on_resume(tmp_path, conte
 def test_a_task_that_is_none_is_refused_in_one_line(arguments, tmp_path, content):
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
-    with pytest.raises(ValueError, match="--task must be gsm8k or a Python file with a function task") as error:
+    with pytest.raises(
+        ValueError, match=r"--task must be gsm8k or a Python file, not|the task .*mine.py fails: "
+    ) as error:
         train.set_up(train.parse_config([*arguments, "--task", str(tmp_path / "mine.py")]))
     assert "\n" not in str(error.value)
 

@@ -98,11 +98,14 @@ def gradient(model):
 
 
 @pytest.mark.parametrize("their_head, tolerance", [(False, 1e-6), (True, 1e-5)])
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts, weight", [(1, WEIGHT), (4, 0.6)])  # the second is not given, so alpha's
 @pytest.mark.parametrize("with_auxiliary", [True, False])
 def test_loss_and_gradient_are_ours(
-    arguments, tokenizer, monkeypatch, with_auxiliary, parts, their_head, tolerance
+    arguments, tokenizer, monkeypatch, with_auxiliary, parts, weight, their_head, tolerance
 ):  # fmt: skip
+    if weight != WEIGHT:
+        place = arguments.index("--scope_weight")
+        del arguments[place : place + 2]
     # Two mini-batches: TRL keeps log pi_old, which is then moved away, for ratios beyond the clip.
     trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "2"])
     model = trainer.model.double().train()
@@ -120,7 +123,7 @@ def test_loss_and_gradient_are_ours(
     assert not with_auxiliary or 0 < auxiliary.sum() < AUXILIARY
 
     monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
-    table = scope_rl.objective_table(groups, auxiliary, WEIGHT)
+    table = scope_rl.objective_table(groups, auxiliary, weight)
     rows = torch.arange(len(table.weights))
     logprobs, entropies = rollout.score(model, samples, rows)
     old = torch.zeros(samples.sequences.shape, dtype=torch.float64)

@@ -76,7 +76,7 @@ def score(model, samples: rollout.Rollout, rows: Tensor) -> tuple[Tensor, Tensor
         ids, kept = samples.sequences[rows[group], P - 1 : longest], mask[group, P:longest]  # [m, C + 1], [m, C]
         cache = model.base_model(input_ids=torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(group))
-        behind = {rollout.CACHE: cache, "use_cache": True}
+        behind = {"past_key_values": cache, "use_cache": True}
         hidden = model.base_model(input_ids=ids[:, :-1], **behind).last_hidden_state  # [m, C, D]
         pair = logprobs_and_entropies(hidden[kept], head, ids[:, 1:][kept], 1024)
         counts = kept.sum(1).tolist()

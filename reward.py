@@ -1,7 +1,7 @@
 """Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
 What is rewarded here is the right final answer to a question, read from JSONL with `question` and
-`answer`, as GSM8K is. (Tasks are theory/lab/gsm8k.py, and others beside it.) The model's output is
+`answer`, as GSM8K is. (A task is a file, as theory/lab/gsm8k.py.) The model's output is
 hostile input: it is only matched against patterns of linear time, and read as short numbers.
 """
 
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Problems to train and to evaluate on, what is said after each, and R(q, o) in {0, 1}."""
+    """Problems to train and to evaluate on, what is said after each, and R(q, o) in [0, 1]."""
 
     train: list[Problem]
     test: list[Problem]

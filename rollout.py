@@ -26,7 +26,7 @@ from reward import check, explaining
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
 LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
-warnings.filterwarnings("ignore", "`(past_key_values|gradient_)", FutureWarning)  # 5.17 has them
+warnings.filterwarnings("ignore", "`(past_key_values|gradient_)", FutureWarning)  # 5.17's names
 
 
 def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
@@ -40,8 +40,8 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
     with explaining(f"cannot load the model {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         config = transformers.AutoConfig.from_pretrained(name)
-        rates = {key for key, value in config.to_dict().items() if isinstance(value, float)}
-        config.update({key: 0.0 for key in rates if "drop" in key})
+        dropout = [k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)]
+        config.update(dict.fromkeys(dropout, 0.0))
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     check(not info["missing_keys"], f"the model {name} lacks weights: {sorted(info['missing_keys'])[:3]}")
@@ -65,7 +65,7 @@ def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = Fa
             states = body(input_ids=ids, use_cache=False).last_hidden_state
         wanted = at_least_float32(states) @ head.weight.T
         is_plain = torch.allclose(logits.float(), wanted, atol=1e-3)
-        check(is_plain, f"{name} changes its logits after the output head: choose another model")
+        check(is_plain, f"logits of {name} are not states times head weights: choose another model")
     return model, tokenizer
 
 
@@ -145,15 +145,15 @@ class AutocastCache(DynamicCache):
     """Holds keys and values as attention uses them; under autocast Qwen3's keys come in float32."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        device, dtype = keys.device.type, keys.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        kind = keys.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
         return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
 
 
 def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Row i continues prompt which[i]: ids, `[B, P + T]`, padded on the left, and what `Sampler`
-    noted, `[2, B, P + T]`. A prompt is read once, for all its rows. After a segment of tokens rows
-    that have ended leave batch and cache, or if its rows cannot be cut (a recurrent one's), go on."""
+    noted, `[2, B, P + T]`. A prompt is read once, for all its rows. Rows that have ended leave
+    after each segment; where a cache has no rows (a recurrent model's), there is one segment."""
     config, cache = model.generation_config, AutocastCache(config=model.config)
     kinds = {type(layer) for layer in cache.layers}
     by_rows = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not model._is_stateful
@@ -189,8 +189,8 @@ class Sampler:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
-        precise = torch.float32 if p.device.type == "mps" else torch.float64  # not on Apple's GPU
-        cumulative = p.cumsum(-1, dtype=precise)  # multinomial: a random number a token, not a row
+        precise = torch.float32 if p.device.type == "mps" else torch.float64  # Apple's has none
+        cumulative = p.cumsum(-1, dtype=precise)  # one random number a row; multinomial takes V
         u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
         tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         log_p = log_policy(logits)  # [b, V]

@@ -65,7 +65,7 @@ class Config:
     model: str = option("Qwen/Qwen3-0.6B", "causal LM, a folder or a name on the hub")
     task: str = option("gsm8k", "gsm8k, or your files like it, or a .py file with a function task")
     train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
-    test_file: str | None = option(None, "the same, to evaluate on; default: train_file's last 10%")
+    test_file: str | None = option(None, "the same, to evaluate on; default: a tenth of train_file")
     instruction: str | None = option(None, "said after each question; default: the task's")
     num_train_problems: int | None = option(None, "default: all there are, 128 of countdown")
     num_eval_problems: int = option(128, "evaluated before and after training, 0 for none")
@@ -104,7 +104,7 @@ class Config:
         """Raises ValueError, which names all that cannot work."""
         problems = [f"{name} is empty" for name, value in vars(self).items() if value == ""]
         for name, value in vars(self).items():
-            least = int(type(value) is int and name not in MAY_BE_0)
+            least = 1 if type(value) is int and name not in MAY_BE_0 else 0
             if isinstance(value, int | float) and not least <= value <= 1e9:
                 problems.append(f"{name} is {value}, must be a number from {least} to 1e9")
         T_min, T_max = self.scope_temperature_min, self.scope_temperature_max
@@ -115,7 +115,7 @@ class Config:
             "generation_batch_size must be a multiple of num_generations": rest > 0,
             "epsilon must be below 1": self.epsilon >= 1,
             "num_mini_batches is more than a step's prompts": self.num_mini_batches > prompts,
-            "max_grad_norm must be above 0": self.max_grad_norm < 1e-6,
+            "max_grad_norm must be 1e-6 or more": self.max_grad_norm < 1e-6,
             "scope_temperature_min must be from 0.01 to scope_temperature_max": not 0.01 <= T_min <= T_max,
             "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
         }
@@ -131,8 +131,8 @@ PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # fi
 
 
 def parse_config(argv: list[str]) -> Config:
-    """The command line over the preset (--resume: over the run's config) over the defaults, or ValueError."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__, allow_abbrev=False)
+    """The command line over the preset (--resume: over the run's config) over the defaults."""
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False)
     parser.error = lambda message: check(False, message)
     args = parser.parse_args(argv)
     if args.resume:
@@ -176,7 +176,7 @@ class Run:
     lock: Any = None  # on output_dir, held for as long as the run lives
 
     def stop(self, number: int, frame) -> None:
-        """Note a signal; a second Ctrl-C interrupts. (Of SIGTERM `timeout` sends two at once.)"""
+        """Note a signal; Ctrl-C after any interrupts. (Of SIGTERM `timeout` sends two at once.)"""
         if number == signal.SIGINT and self.stopped_by:
             raise KeyboardInterrupt
         self.stopped_by = signal.Signals(number).name
@@ -206,15 +206,15 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
         raise FloatingPointError(f"the entropy of step {run.step + 1} is not finite")
 
     # 5. Gradient steps.
-    alpha = config.scope_alpha if config.scope_weight is None else config.scope_weight
-    objective = scope_rl.objective_table(rewards[:N].view(-1, G), rewards[N:], alpha, config.entropy_coef)
+    weight = config.scope_alpha if config.scope_weight is None else config.scope_weight
+    objective = scope_rl.objective_table(rewards[:N].view(-1, G), rewards[N:], weight, config.entropy_coef)
     loss, norm, clip_fraction = update(run, samples, prompt.to(rewards.device), objective)
 
     run.step += 1
     metrics = {
         "step": run.step,
         "reward": rewards[:N].mean().item(),  # mean of the ordinary completions
-        "frac_reward_zero_std": (rewards[:N].view(-1, G).std(1) == 0).float().mean().item(),  # teach nothing
+        "frac_reward_zero_std": (rewards[:N].view(-1, G).std(1) == 0).float().mean().item(),
         "entropy": run.entropy,  # nats a token, of the policy that sampled: before the update
         "scope_temperature": T,
         "scope_positive_frac": (rewards[N:] == 1).float().mean().item() if M else 0.0,  # reinforced
@@ -227,7 +227,8 @@ def train_step(run: Run) -> tuple[dict[str, float], list[tuple]]:
         "rollout_seconds": rollout_seconds,
         "update_seconds": time.perf_counter() - start - rollout_seconds,
     }
-    return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in range(0, N + M, N)]
+    rows = [0, N] if M else [0]
+    return metrics, [(temperatures[i], rewards[i], problems[i].question, samples.texts[i]) for i in rows]
 
 
 def control(run: Run) -> tuple[float, int]:
@@ -247,8 +248,8 @@ def control(run: Run) -> tuple[float, int]:
 def choose_problems(problems: list, count: int, seed: int, step: int) -> list[reward.Problem]:
     """The `count` problems of a step: passes over all of them, each in its own random order."""
     size = len(problems)
-    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]
-    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n, _ in places}
+    places = [divmod(place, size) for place in range(step * count, (step + 1) * count)]  # pass, i
+    orders = {n: np.random.default_rng([seed, n]).permutation(size) for n in {n for n, _ in places}}
     return [problems[orders[n][i]] for n, i in places]
 
 
@@ -298,7 +299,7 @@ def update(run: Run, samples: rollout.Rollout, prompt: Tensor, objective: scope_
 
 # --- The run
 def evaluate(run: Run, name: str) -> None:
-    """Means of Pass@k and `distinct_correct` over the test problems, once; printed, and in eval.json."""
+    """Evaluate, unless done: means of Pass@k and `distinct_correct`, on screen and in eval.json."""
     if name in run.evaluations:
         return
     n, size = run.config.num_eval_generations, run.config.per_device_eval_batch_size
@@ -314,10 +315,9 @@ def evaluate(run: Run, name: str) -> None:
     num_right = [rewards[g].count(1) for g in groups]  # grades below 1 are not right
     values = {f"pass@{k}": [reward.pass_at_k(n, c, k) for c in num_right] for k in (1, 4, 16, 64, 256) if k <= n}
     values["distinct_correct"] = [reward.distinct_correct(texts[g], rewards[g]) for g in groups]
-    means = {key: float(np.mean(numbers)) for key, numbers in values.items() if numbers}
-    run.evaluations[name] = means
+    run.evaluations[name] = {key: float(np.mean(x)) for key, x in values.items() if x}
     write_whole(Path(run.config.output_dir) / "eval.json", run.evaluations)
-    tqdm.write(f"{name}: " + ", ".join(f"{key} {mean:.3f}" for key, mean in means.items()))
+    tqdm.write(f"{name}: " + ", ".join(f"{key} {mean:.3f}" for key, mean in run.evaluations[name].items()))
 
 
 def train(run: Run) -> None:
@@ -343,14 +343,14 @@ def train(run: Run) -> None:
                 save_checkpoint(run)
                 if run.stopped_by:
                     raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
-            bar.set_postfix({name: metrics[name] for name in ("reward", "entropy", "scope_temperature")})
+            bar.set_postfix({k: metrics[k] for k in ("reward", "entropy", "scope_temperature")})
             if config.logging_steps and step % config.logging_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for T, R, question, text in shown:
                     tqdm.write(f"  T {T:.2f}, reward {R:g}: {question!r:.100} -> {text!r:.400}")
             idle = idle + 1 if metrics["grad_norm"] == 0 else 0
             if idle == 10:
-                tqdm.write("ten steps had nothing to learn from: all rewards of a group are equal")
+                tqdm.write("ten steps taught nothing: in each group all rewards are equal")
 
     evaluate(run, "after")
     with explaining(f"cannot write {output / 'model'} (is the disk full?)", OSError):
@@ -366,7 +366,7 @@ def set_up(config: Config) -> Run:
     output = Path(config.output_dir)
     names = ["config.json", "metrics.jsonl", "eval.json", "checkpoint.pt", "checkpoint-previous.pt", "model"]
     found = [name for name in names if (output / name).exists() and not config.resume]
-    check(not found, f"{output} holds a run already ({found[:1]}): add --resume, or choose another")
+    check(not found, f"{output} holds a run already ({', '.join(found)}): add --resume, or take another folder")
     check(not (output / "model").is_file(), f"{output / 'model'} is a file, not a folder")
     known = Path(config.model).is_dir() or re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     check(known, f"there is no folder {config.model}, and no model of such a name")
@@ -402,7 +402,7 @@ def prepare_prompts(config: Config, task: reward.Task, model, tokenizer) -> dict
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     longest, question = max(zip(map(len, ids), questions, strict=True))
     fits = longest + config.max_completion_length <= room
-    check(fits, f"{longest} prompt tokens + max_completion_length exceed {room} positions: {question!r:.60}")
+    check(fits, f"{longest} prompt tokens + max_completion_length exceed {room}: {question!r:.60}")
     return dict(zip(questions, prompts, strict=True))
 
 
@@ -434,7 +434,7 @@ def save_checkpoint(run: Run) -> None:
     """Weights, optimizer, and the state that steps hand on; the rest follows from the step."""
     path = Path(run.config.output_dir) / "checkpoint.pt"
     if path.exists():
-        os.replace(path, path.with_name("checkpoint-previous.pt"))  # until the new one is whole
+        os.replace(path, path.with_name("checkpoint-previous.pt"))  # the last whole one
     content = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
     write_whole(path, content | {"state": {name: getattr(run, name) for name in STATE}})
 
@@ -448,7 +448,7 @@ def load_checkpoint(run: Run) -> None:
     if path is None:
         check(len(rows) <= run.config.save_steps, f"{metrics} has {len(rows)} rows, no checkpoint")
         return
-    with explaining(f"cannot resume from {path} (the one before it is {paths[1].name})"):
+    with explaining(f"cannot resume from {path} (if you remove it, the one before is tried)"):
         check(zipfile.ZipFile(path).testzip() is None, "its checksums do not match: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         run.model.load_state_dict(content["model"])
@@ -468,7 +468,7 @@ def main() -> None:
     try:
         run = set_up(parse_config(sys.argv[1:]))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sys.exit("error: " + (str(error) or "stopped before it began").splitlines()[0])
+        sys.exit("error: " + (str(error).strip() or "interrupted before it began").splitlines()[0])
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
         if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # which nohup asks for
             signal.signal(getattr(signal, name), run.stop)

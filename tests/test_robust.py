@@ -120,8 +120,8 @@ COMMAND_LINES = [
     *below("scope_target_entropy", 0, "nan"),
     *below("scope_temperature_min", 0, "-1", "nan"),
     *below("scope_temperature_max", 0, "inf", "nan"),
-    ("--max_grad_norm 0", "max_grad_norm must be above 0"),
-    ("--max_grad_norm 1e-40", "max_grad_norm must be above 0"),
+    ("--max_grad_norm 0", "max_grad_norm must be 1e-6 or more"),
+    ("--max_grad_norm 1e-40", "max_grad_norm must be 1e-6 or more"),
     ("--scope_temperature_min 0", "scope_temperature_min must be from 0.01 to scope_temperature_max"),
     ("--scope_temperature_min 1e-40", "scope_temperature_min must be from 0.01 to scope_temperature_max"),
     ("--scope_temperature_max 1e-40", "scope_temperature_min must be from 0.01 to scope_temperature_max"),
@@ -319,7 +319,7 @@ def nothing(folder):
     pass
 
 
-PREVIOUS = r"cannot resume from .*checkpoint.pt \(the one before it is checkpoint-previous.pt\): "
+PREVIOUS = r"cannot resume from .*checkpoint.pt \(if you remove it, the one before is tried\): "
 ELSE = "nothing to resume: --output_dir must name a run.*"
 FOLDERS = [  # an edit of a finished run, more of the command line, and the error, or None if it goes on rightly
     (nothing, "", None),
@@ -363,7 +363,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (config_with(scope_temperature_min=9), "", "must be from 0.01 to scope_temperature_max"),
     (config_with(seed=-1), "", "seed is -1"),
     (config_with(seed=[]), "", ELSE + "invalid int value"),
-    (config_with(max_completion_length=60), "", "exceed 64 positions"),
+    (config_with(max_completion_length=60), "", "exceed 64"),
     (config_with(scope_target_entropy=9.0), "", "scope_target_entropy must be below log "),
     (config_with(warmstart=3), "", ELSE + "unrecognized arguments: --warmstart=3"),
     (config_with(lr=None), "", ELSE + "lr"),
@@ -405,6 +405,7 @@ FOLDERS = [  # an edit of a finished run, more of the command line, and the erro
     (without("checkpoint.pt", "checkpoint-previous.pt", "metrics.jsonl"), "", None),  # from the start
     (without("checkpoint-previous.pt"), "", None),
     (folder_for("checkpoint.pt"), "", PREVIOUS),
+    (lambda folder: (without("checkpoint.pt")(folder), (folder / "checkpoint-previous.pt").write_bytes(b"PK")), "", "cannot resume from .*checkpoint-previous.pt"),
     # the other files
     (bytes_of("metrics.jsonl", lambda content: content[:-100]), "", "is shorter than it was"),
     (bytes_of("metrics.jsonl", lambda content: b""), "", "is shorter than it was"),
@@ -476,7 +477,7 @@ def test_a_new_run_does_not_write_over_what_another_left(
     shutil.copytree(source, tmp_path / "run" / name) if source.is_dir() else shutil.copy(source, tmp_path / "run")
     before = files_in(tmp_path)
     assert re.search(
-        rf"holds a run already \(\['{name}'\]\): add --resume, or choose another", go(arguments, monkeypatch)
+        rf"holds a run already \({name}\): add --resume, or take another folder", go(arguments, monkeypatch)
     )
     assert files_in(tmp_path) == before
 
@@ -622,7 +623,7 @@ def test_a_question_that_is_too_long_is_named(arguments, tmp_path, monkeypatch):
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said = go([*arguments, "--task", "gsm8k", "--train_file", f"{tmp_path}/data.jsonl"], monkeypatch)
-    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed 64 positions: '9\+9\+", said)
+    assert re.match(r"error: \d+ prompt tokens \+ max_completion_length exceed 64: '9\+9\+", said)
     assert "\n" not in said
     assert not (tmp_path / "run").exists()
 
@@ -1192,9 +1193,7 @@ def test_ten_idle_steps_in_a_row_are_said_once(rewarded, said, arguments, tmp_pa
     (tmp_path / "dull.py").write_text("\n".join(lines))
     more = ["--task", f"{tmp_path}/dull.py", "--max_steps", 13, "--num_eval_problems", 0]
     assert go([*arguments, *more], monkeypatch) is None
-    assert (
-        capsys.readouterr().out.count("ten steps had nothing to learn from: all rewards of a group are equal") == said
-    )
+    assert capsys.readouterr().out.count("ten steps taught nothing: in each group all rewards are equal") == said
     assert [row["grad_norm"] > 0 for row in metrics_of(tmp_path / "run")] == [step == rewarded for step in range(1, 14)]
 
 
@@ -1287,7 +1286,7 @@ def test_a_terminal_that_cannot_show_a_completion_does_not_end_the_run(arguments
 def test_interrupted_while_it_loads_it_says_so_and_leaves_nothing(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "load_policy", lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert go(arguments, monkeypatch) == "error: stopped before it began"
+    assert go(arguments, monkeypatch) == "error: interrupted before it began"
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,7 @@
 """train.py as a user meets it: the command line, the files, killing and resuming, and bad input."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -314,14 +315,14 @@ def test_bad_model_folders_are_refused_in_one_line(arguments, model_folder, dama
 
 
 def test_prompts_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed 64 positions"):
+    with pytest.raises(ValueError, match=r"prompt tokens \+ max_completion_length exceed 64"):
         train.set_up(train.parse_config([*arguments, "--max_completion_length", "60"]))
 
 
 # --- One step -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_problem_comes_once_a_pass_in_a_new_order():
+def test_every_problem_comes_once_a_pass_in_a_new_order(monkeypatch):
     problems = [reward.Problem(str(i), "") for i in range(10)]
     drawn = [p.question for step in range(20) for p in train.choose_problems(problems, 4, seed=3, step=step)]
     passes = [drawn[i : i + 10] for i in range(0, 80, 10)]
@@ -329,6 +330,10 @@ def test_every_problem_comes_once_a_pass_in_a_new_order():
     assert len({tuple(p) for p in passes}) == 8
     assert train.choose_problems(problems, 10, seed=4, step=0) != train.choose_problems(problems, 10, seed=3, step=0)
     assert len(train.choose_problems(problems, 25, seed=0, step=2)) == 25  # more than there are
+    orders, default_rng = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: orders.append(seed) or default_rng(seed))
+    train.choose_problems(problems, 8, seed=3, step=1)
+    assert sorted(orders) == [[3, 0], [3, 1]]  # an order is drawn once a pass, however many problems there are
 
 
 def after_one_step(arguments, folder, *more, reward=None):
@@ -417,11 +422,31 @@ def test_temperature_and_share_of_each_algorithm(arguments):
 
 
 def test_what_each_sample_weighs(arguments, tmp_path, monkeypatch):
-    seen = []
+    """`scope_weight` where it is given, 0 as well, and else alpha (here 1/4; the preset gives a weight of 1)."""
+    seen, set_up = [], train.set_up
     monkeypatch.setattr(train, "update", lambda *given: seen.append(given[-1]) or (0.0, 0.0, 0.0))
-    after_one_step(arguments, tmp_path / "a", "--entropy_coef", "0.3", "--scope_weight", "0.5")
-    assert seen[0].weights.tolist() == pytest.approx([1 / 32] * 32 + [0.5 / 8] * 8)
-    assert seen[0].entropy_coefs.tolist() == pytest.approx([0.3] * 32 + [0.0] * 8)
+    for given, expected in ((0.5, 0.5), (0.0, 0.0), (None, 0.25)):
+        monkeypatch.setattr(train, "set_up", lambda c, w=given: set_up(dataclasses.replace(c, scope_weight=w)))
+        after_one_step(arguments, tmp_path / str(given), "--entropy_coef", "0.3")
+        assert seen[-1].weights.tolist() == pytest.approx([1 / 32] * 32 + [expected / 8] * 8)
+        assert seen[-1].entropy_coefs.tolist() == pytest.approx([0.3] * 32 + [0.0] * 8)
+
+
+def test_one_sample_of_each_temperature_is_shown(arguments, tmp_path):
+    for more, count in (("--scope_alpha 0.25", 2), ("--scope_alpha 2", 2), ("--scope_alpha 0", 1)):
+        options = [*arguments, *more.split(), "--output_dir", str(tmp_path / more)]
+        one = train.set_up(train.parse_config(options))
+        one.entropy = 0.0  # far below the target: T at its upper clip
+        _, shown = train.train_step(one)
+        assert [T for T, *_ in shown] == [1.0, one.config.scope_temperature_max][:count]
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_config(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(f"--{field.name}" in said for field in dataclasses.fields(train.Config))
 
 
 def test_a_step_samples_and_counts_as_the_method_says(arguments, tmp_path, monkeypatch):
@@ -656,13 +681,19 @@ def test_a_config_that_is_not_this_programs_is_refused_on_resume(tmp_path, conte
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, "", "import nothing_of_that_name", "tasks = 3"])
-def test_a_task_that_is_none_is_refused_in_one_line(arguments, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--task must be gsm8k or a Python file, not .*mine.py"),
+        ("", "the task .*mine.py fails: KeyError"),
+        ("import nothing_of_that_name", "the task .*mine.py fails: No module named"),
+        ("tasks = 3", "the task .*mine.py fails: KeyError"),
+    ],
+)
+def test_a_task_that_is_none_is_refused_in_one_line(arguments, tmp_path, content, message):
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"--task must be gsm8k or a Python file, not|the task .*mine.py fails: "
-    ) as error:
+    with pytest.raises(ValueError, match=message) as error:
         train.set_up(train.parse_config([*arguments, "--task", str(tmp_path / "mine.py")]))
     assert "\n" not in str(error.value)
 

@@ -32,7 +32,7 @@ def download(split: str) -> Path:
 
 
 def task(config) -> Task:
-    """GSM8K's two files, or others; without a test file the last tenth of one's own is to evaluate on."""
+    """GSM8K's two files, or others; without a test file the last tenth of one's own file is kept for evaluation."""
     train = load_problems(config.train_file or download("train"))
     if config.test_file or not config.train_file:
         test = load_problems(config.test_file or download("test"))

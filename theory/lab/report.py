@@ -222,6 +222,25 @@ def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_co
     return markdown(["SCOPE, with integral, minus", "seeds", "above", *columns], rows)
 
 
+def shown_moving() -> str:
+    """The moving target, phase by phase: H over its last 50 steps, and how soon the means of ten steps stay near H0."""
+    phases, rows = ((0, 15, 0.5), (15, 25, 0.3), (25, 35, 0.5)), []  # in tens of steps
+    for label, cell in cells_of("moving").items():
+        values = []
+        for first, last, H0 in phases:
+            courses = [row["entropies"][first:last] for row in cell.values()]
+            values += [[float(np.mean(course[-5:])) for course in courses]]
+            values += [[float(experiments.settling(course, H0)) for course in courses]]
+        rows.append([label, len(cell), *map(show, values)])
+    header = [f"{name} {H0}" for _, _, H0 in phases for name in ("H at", "steps to")]
+    return markdown(["moving target", "seeds", *header], rows)
+
+
+def shown_test(name: str) -> str:
+    """Each controller in one of the other tests."""
+    return means(name, cells_of(name), ("entropy", "error", "settling", "reward", "pass@1", "distinct_correct"))
+
+
 def document() -> str:
     """All of tables.md."""
     parts = [LEGEND]
@@ -312,10 +331,33 @@ def draw_rivals(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_tests(path: Path) -> None:
+    """A panel a test: the entropy over the run of each controller, a line a seed."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    order = list(experiments.EXPERIMENTS["cooling"])  # a colour for each
+    tests = {"moving": "moving target", "cooling": "cooling: sums, target 0.2", "weak": "a weaker start, target 0.4"}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, (name, title) in zip(axes, tests.items(), strict=True):
+        for label, cell in cells_of(name).items():
+            for k, row in enumerate(cell.values()):
+                shown = f"{label}, seeds: {len(cell)}" if k == 0 else None
+                axis.plot(range(5, 350, 10), row["entropies"], color=f"C{order.index(label)}", lw=0.8, label=shown)
+        steps, H0 = ([0, 150, 150, 250, 250, 350], [0.5, 0.5, 0.3, 0.3, 0.5, 0.5]) if name == "moving" else (
+            [0, 350], [next(iter(cell.values()))["target"]] * 2
+        )  # fmt: skip
+        axis.plot(steps, H0, color="black", lw=0.8, ls=":", label="target")
+        axis.set(title=title, xlabel="step", ylabel="entropy, nats a token")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
     """Write tables.md and the figures."""
     draw_entropies(FOLDER / "figures" / "entropy.png")
     draw_rivals(FOLDER / "figures" / "rivals.png")
+    draw_tests(FOLDER / "figures" / "tests.png")
     (FOLDER / "tables.md").write_text(document())
     for name in ("control", "alpha", "target", "beyond", "ingredients", "transfer"):
         draw(FOLDER / "figures" / f"{name}.png", cells_of(name))

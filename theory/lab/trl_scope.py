@@ -78,8 +78,8 @@ class ScopeTrainer(trl.GRPOTrainer):
 
         N, M = (len(rows["advantages"]) * self.accelerator.num_processes for rows in (batch, more))
         batch["advantages"] *= (N + M) / N
-        alpha = self.config.scope_alpha if self.config.scope_weight is None else self.config.scope_weight
-        more["advantages"] *= (N + M) * alpha / count
+        weight = self.config.scope_alpha if self.config.scope_weight is None else self.config.scope_weight
+        more["advantages"] *= (N + M) * weight / count
         metrics = self._metrics["train"]
         metrics["scope_entropy"].append(state["entropy"])
         metrics["scope_temperature"].append(T)

@@ -25,7 +25,7 @@ from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entro
 from reward import check, explaining
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
-LOGITS_BUDGET = 2**24  # float32 logits held at a time in scoring: 64 MiB, a few times that in all
+LOGITS_BUDGET = 12_000_000  # float32 logits held at a time in scoring: 48 MB, a few times that in all
 warnings.filterwarnings("ignore", "`(past_key_values|gradient_)", FutureWarning)  # 5.17's names
 
 

@@ -374,7 +374,7 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
 
 
 def test_the_documents_show_what_the_rows_say():
-    """tables.md as a whole, the five tables of the lab's page, and the one at the top."""
+    """tables.md as a whole, the tables of the lab's page, and the one at the top with the sentence of the main test."""
     assert (THEORY / "lab" / "tables.md").read_text() == report.document()
     page = (THEORY / "lab" / "README.md").read_text()
     assert report.shown_control() in page
@@ -382,7 +382,21 @@ def test_the_documents_show_what_the_rows_say():
     assert report.shown_tuning() in page
     assert report.shown_rivals() in page
     assert report.lead() in page
-    assert report.shown_results() in (THEORY.parent / "README.md").read_text()
+    assert report.shown_moving() in page
+    assert all(report.shown_test(name) in page for name in ("cooling", "weak"))
+    top = (THEORY.parent / "README.md").read_text()
+    assert report.shown_results() in top
+    assert "| PI on the bonus | 8 | 18 of 24 | +0.019 ± 0.017 |" in page
+    assert "by .019 ± .017 (eight seeds, targets 0.3, 0.4, 0.5)" in top
+
+
+def test_a_moving_target_is_measured_phase_by_phase(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
+    course = [0.9] * 3 + [0.5] * 12 + [0.4] * 2 + [0.3] * 8 + [0.3] * 10  # it never comes back
+    own = {"options": experiments.EXPERIMENTS["moving"]["stepwise bonus"], "seed": 0, "target": 0.5, "entropy": 0.3}
+    experiments.ROWS.write_text(json.dumps(own | {"oscillation": 0.0, "entropies": course}) + "\n")
+    cells = "0.500 | 30.000 | 0.300 | 20.000 | 0.300 | 100.000"
+    assert report.shown_moving().splitlines()[2:] == [f"| stepwise bonus | 1 | {cells} |"]
 
 
 def test_the_figures_are_drawn(two_labels, tmp_path):
@@ -393,7 +407,7 @@ def test_the_figures_are_drawn(two_labels, tmp_path):
 
 def test_the_figures_of_entropies_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    for draw in (report.draw_entropies, report.draw_rivals):
+    for draw in (report.draw_entropies, report.draw_rivals, report.draw_tests):
         draw(tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 10_000
         (tmp_path / "figure.png").unlink()

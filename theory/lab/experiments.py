@@ -147,10 +147,11 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
             **controllers("", target(H)),
             "SCOPE, published rule": f"{PUBLISHED} {target(H)}",
             "AEPO": f"@aepo {PUBLISHED_T}" + (f" {target(H)}" if H != 0.4 else ""),
+            "SCOPE, never cooling": f"--scope_temperature_min 1 {target(H)}",
+            "PI on the bonus, never negative": f"{RIVALS['PI on the bonus']} --scope_temperature_min 1 {target(H)}",
         }
         for H in (0.3, 0.4, 0.5)
     },
-    "never_cooling": {f"H0 = {H}": f"--scope_temperature_min 1 {target(H)}" for H in (0.3, 0.4, 0.5)},
     "moving": controllers("@moving_target", target(0.5)),
     "cooling": {"GRPO": f"{SUMS} {GRPO}", **controllers("", f"{SUMS} {target(0.2)}")},  # below where GRPO rests
     "weak": {"GRPO": f"{WEAK} {GRPO}", **controllers("", f"{WEAK} {target(0.4)}")},

@@ -204,12 +204,12 @@ def shown_tuning() -> str:
 
 
 def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_correct")) -> str:
-    """SCOPE with integral minus each rival: a seed's value is the mean over the targets at which both have a row.
+    """SCOPE with integral minus each other controller: a seed's value is the mean over the targets that both have.
 
     "Above" counts the pairs of one seed and target in which SCOPE has the higher Pass@1.
     """
     cells, rows = [cells_of(f"rivals-{H0}") for H0 in TARGETS], []
-    for rival in experiments.RIVALS:
+    for rival in list(experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"])[1:]:
         pairs = {}  # seed -> rows of SCOPE and of the rival, a pair a target
         for cell in cells:
             for seed in cell["SCOPE, with integral"].keys() & cell.get(rival, {}).keys():
@@ -315,9 +315,10 @@ def draw_rivals(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    figure, axes = plt.subplots(3, 3, figsize=(12, 7.5), sharex=True, sharey=True, layout="constrained")
     labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
-    for axis, label in zip(axes.flat, labels, strict=True):
+    figure, axes = plt.subplots(3, 4, figsize=(15, 8), sharex=True, sharey=True, layout="constrained")
+    axes[-1, -1].set_axis_off()
+    for axis, label in zip(axes.flat[: len(labels)], labels, strict=True):
         for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):
             rows = cells[H0].get(label, {}).values()
             for row in rows:

@@ -148,7 +148,6 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
             "SCOPE, published rule": f"{PUBLISHED} {target(H)}",
             "AEPO": f"@aepo {PUBLISHED_T}" + (f" {target(H)}" if H != 0.4 else ""),
             "SCOPE, never cooling": f"--scope_temperature_min 1 {target(H)}",
-            "PI on the bonus, never negative": f"{RIVALS['PI on the bonus']} --scope_temperature_min 1 {target(H)}",
         }
         for H in (0.3, 0.4, 0.5)
     },

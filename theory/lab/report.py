@@ -316,9 +316,8 @@ def draw_rivals(path: Path) -> None:
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
     labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
-    figure, axes = plt.subplots(3, 4, figsize=(15, 8), sharex=True, sharey=True, layout="constrained")
-    axes[-1, -1].set_axis_off()
-    for axis, label in zip(axes.flat[: len(labels)], labels, strict=True):
+    figure, axes = plt.subplots(2, 5, figsize=(17, 6), sharex=True, sharey=True, layout="constrained")
+    for axis, label in zip(axes.flat, labels, strict=True):
         for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):
             rows = cells[H0].get(label, {}).values()
             for row in rows:

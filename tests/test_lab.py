@@ -390,6 +390,29 @@ def test_the_documents_show_what_the_rows_say():
     assert "by .019 ± .017 (eight seeds, targets 0.3, 0.4, 0.5)" in top
 
 
+def test_what_the_page_says_of_the_rivals_beyond_its_tables():
+    """Numbers of the section *Rivals* that stand in no table, from the rows."""
+    page = (THEORY / "lab" / "README.md").read_text()
+    cells = {H0: report.cells_of(f"rivals-{H0}") for H0 in report.TARGETS}
+    grpo = report.cells_of("control")["GRPO"]
+
+    def gains(rival, name, seeds):  # SCOPE's, a seed a row and a target a column
+        pairs = [[(cells[H0]["SCOPE, with integral"][s], cells[H0][rival][s]) for H0 in report.TARGETS] for s in seeds]
+        return np.array([[scope[name] - other[name] for scope, other in seed] for seed in pairs])
+
+    twin = gains("PI on the bonus", "pass@1", range(8))
+    without = [s for s in range(8) if s != 2]
+    for sentence, shown in {
+        ".135 lower": f"{twin[2, 0]:.3f}",
+        "it is .013 ± .012": report.show(twin[without].mean(1).tolist()),
+        "in 22\n  of 24 pairs": f"{(gains('PI on the bonus', 'reward', range(8)) > 0).sum()}",
+        "four left -.005 ± .036": report.show(gains("stepwise bonus", "pass@1", range(4)).mean(1).tolist()),
+        "(.155 ± .036 with these four seeds)": report.show([grpo[s]["entropy"] for s in range(4)]),
+    }.items():
+        assert sentence in page
+        assert shown.replace("0.", ".") in sentence
+
+
 def test_a_moving_target_is_measured_phase_by_phase(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
     course = [0.9] * 3 + [0.5] * 12 + [0.4] * 2 + [0.3] * 8 + [0.3] * 10  # it never comes back

@@ -102,6 +102,8 @@ def with_peer(ours: Ours, config: train.Config, repeats: int) -> list[float]:
         return [ours.run.task.reward(ours.run.task.train[i], text) for i, text in pairs]
 
     class Turns(transformers.TrainerCallback):
+        """Seconds of each of TRL's steps."""
+
         def __init__(self):
             self.seconds = []
 

@@ -152,7 +152,7 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
         for H in (0.3, 0.4, 0.5)
     },
     "moving": controllers("@moving_target", target(0.5)),
-    "cooling": {"GRPO": f"{SUMS} {GRPO}", **controllers("", f"{SUMS} {target(0.2)}")},  # below where GRPO rests
+    "cooling": {"GRPO": f"{SUMS} {GRPO}", **controllers("", f"{SUMS} {target(0.2)}")},  # below where GRPO ends
     "weak": {"GRPO": f"{WEAK} {GRPO}", **controllers("", f"{WEAK} {target(0.4)}")},
     "dr_grpo": {"GRPO": f"@dr_grpo {GRPO}", **controllers("@dr_grpo", target(0.4))},
     "transfer": {

@@ -127,7 +127,7 @@ MAY_BE_0 = "seed", "eval_steps", "logging_steps", "warmup_steps", "num_eval_prob
 STATE = "step", "entropy", "integral", "evaluations"  # of a Run, in checkpoints
 KEPT = "preset", "model", "task", "train_file", "test_file", "instruction", "algorithm", "seed"
 TINY, LAB = (Path(__file__).parent / "theory" / name for name in ("tiny", "lab"))
-PRESETS = {"laptop": LAB / "arithmetic.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
+PRESETS = {"laptop": LAB / "between.py", "tiny": TINY / "countdown.py"}  # files with a PRESET
 
 
 def parse_config(argv: list[str]) -> Config:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import arithmetic
+import between
 import closed_forms as cf
 import countdown
 import experiments
@@ -597,7 +598,7 @@ def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
     assert torch.isfinite(new).all()
 
 
-def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp_path, capsys):
+def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp_path, capsys, monkeypatch):
     run = small_run(1e-3)
     run.config.output_dir, run.config.max_steps = str(tmp_path / "run"), 2
     run.config.num_eval_problems, run.task = 0, run.task._replace(test=[])
@@ -605,8 +606,10 @@ def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp
     train.write_whole(tmp_path / "run" / "config.json", vars(run.config))
     train.train(run)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    arguments = probes.argparse.Namespace(output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean")
+    arguments = probes.argparse.Namespace(output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean", label="two")
+    monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
     probes.closed_loop(arguments, [])
+    assert probes.loop_table().splitlines()[-1].startswith("| two | 2 | ")
     assert "over 2 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert (tmp_path / "mean" / "model.safetensors").exists()
@@ -626,13 +629,26 @@ def test_the_sums_asked_are_checked_and_the_splits_share_none():
     assert [task.reward(problem, text) for text in (*right, "7 + 12", "", "191")] == [1] * 4 + [0] * 3
 
 
+def test_a_number_between_is_right_and_the_splits_share_none():
+    task, again = between.task(train.Config(seed=3)), between.task(train.Config(seed=4))
+    assert task.test == again.test and task.train != again.train and sorted(task.train) == sorted(again.train)
+    assert len(task.train + task.test) == len({*task.train, *task.test}) == sum(99 - width for width in range(28, 33))
+    problem = reward.Problem("Pick a number between 23 and 53.", "23 53")
+    assert problem in task.train + task.test
+    right = ("24", "52.", "The number is 50!", "23 < 30", "99, no: 40")
+    wrong = ("23", "53", "", "none", "40 and 99", "3", "5 1", "1" * 5000)
+    assert [task.reward(problem, text) for text in (*right, *wrong)] == [1] * len(right) + [0] * len(wrong)
+
+
 def test_every_label_is_a_config_of_its_own():
     configs = set()
-    for options in pretrained.EXPERIMENT.values():
-        words = options.split()
-        changes = words.pop(0) if words[0].startswith("@") else ""
-        config = train.parse_config([*pretrained.COMMON.split(), "--output_dir", "x", *words])
-        configs.add((changes, str(config)))
+    for label, options in pretrained.EXPERIMENT.items():
+        variant, top_k, words = pretrained.parts(options)
+        config = train.parse_config([*words, "--output_dir", "x"])
+        assert Path(config.task).name == ("arithmetic.py" if label.startswith("sums") else "between.py")
+        named = [kind.__name__ for kind in type(variant).__mro__[1:-2]]
+        assert (top_k > 0, "MeanOverPositives" in named) == ("top" in label, "mean over" in label)
+        configs.add((str(named), top_k, str(config), "collapsed" in label))
     assert len(configs) == len(pretrained.EXPERIMENT)
 
 
@@ -663,24 +679,13 @@ def test_the_noting_sampler_notes_the_tabular_change_and_draws_hot_rows_from_the
         assert torch.allclose(sampler.noted[-1], torch.stack([x, token_entropy(logits)]), atol=1e-5)
 
 
-def test_the_rule_ahead_follows_a_falling_entropy():
-    """H falls by .1 a step: smoothed and extrapolated, it is below the target before H is."""
-    limits = {"target": 0.5, "minimum": 1.0, "maximum": 2.0, "gain": 1.0}
-    rule, state = pretrained.Changed("ahead=5").scope_temperature, 0.0
-    temperatures = []
-    for H in np.arange(1.5, 0.6, -0.1):
-        T, state = rule(H, state, **limits)
-        temperatures.append(T)
-    assert temperatures[0] == 1 and temperatures[-1] > 1.1
-
-
 def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "WORK", tmp_path / "work")
     task = Path(train.TINY) / "countdown.py"
     monkeypatch.setattr(
         pretrained, "COMMON", f"--preset tiny --generation_batch_size 8 --num_generations 4 --task {task}"
     )
-    options = "@top_k=3,positives --max_steps 3 --num_eval_problems 0 --scope_temperature_min 1.2"
+    options = "@top_k=3 @mean_over_positives --max_steps 3 --num_eval_problems 2 --scope_temperature_min 1.2"
     monkeypatch.setattr(pretrained, "EXPERIMENT", {"short": options})
     usual = rollout.score, train.update, scope_rl.objective_table
     row = pretrained.one_run(str(model_folder), "short", 1, tmp_path / "end")
@@ -688,9 +693,17 @@ def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path,
     assert {len(row[name]) for name in pretrained.KEPT} == {3}
     assert (tmp_path / "end" / "model.safetensors").exists() and not list((tmp_path / "work").iterdir())
     assert min(row["scope_temperature"]) >= 1.2
+    assert [len(texts) for texts in row["texts"]] == [64, 64] and set(row["evaluations"]) == {"before", "after"}
+    assert pretrained.last_fifth(row | {"entropy": [9, 9, 9, 9, 0.5], "target": 0.4})["error"] == pytest.approx(0.25)
 
 
 def test_the_page_shows_the_rows_of_the_pretrained_model():
-    assert pretrained.table() in (THEORY / "lab" / "README.md").read_text()
+    page = (THEORY / "lab" / "README.md").read_text()
+    for shown in (pretrained.comparison(), pretrained.samples(), pretrained.table()):
+        assert shown in page
     for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
-        assert row["label"].startswith("stopped") or row["options"] == pretrained.EXPERIMENT[row["label"]]
+        assert row["options"] == pretrained.EXPERIMENT[row["label"]]
+
+
+def test_the_theory_shows_the_steps_of_the_closed_loop():
+    assert probes.loop_table() in (THEORY / "README.md").read_text()

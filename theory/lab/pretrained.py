@@ -1,11 +1,12 @@
 """Control of the entropy of a pretrained model:  `python theory/lab/pretrained.py MODEL LABEL [--seed 0]`
 
-Runs train.py's own `set_up` and `train` on sums of two small numbers (arithmetic.py), with a label's
-options and changes. A run ends as a row of pretrained.jsonl: the numbers of every step, and what the
-tabular theory says of it (`note`). Labels of the second half of EXPERIMENT start from a collapsed
-policy, which `--save FOLDER` writes at the end of a run. Without MODEL the rows' table is printed.
+Runs train.py's own `set_up` and `train` with a label's options and changes: on numbers between two
+others (the preset `laptop`, between.py), or on sums (arithmetic.py). A run ends as a row of
+pretrained.jsonl: the numbers of every step, the evaluation, and what the tabular theory says of it
+(`note`). Labels with "collapsed" start from a collapsed policy, which `--save FOLDER` writes at the
+end of a run. Without MODEL the tables are printed and the figure is drawn.
 
-A prompt has some fifty tokens here and a completion ten, and eight completions or more share a
+A prompt has some fifty tokens here and a completion ten or fewer, and several completions share a
 prompt. So scoring reads each prompt once (`score`): the same numbers, in less than half of the time.
 """
 
@@ -31,59 +32,77 @@ from entropy import entropy_of, log_policy, logprobs_and_entropies, masked_mean
 FOLDER = Path(__file__).parent
 ROWS = FOLDER / "pretrained.jsonl"
 WORK = Path("outputs") / "pretrained"
-COMMON = (
-    f"--preset laptop --task {FOLDER / 'arithmetic.py'} --generation_batch_size 32 --num_generations 8"
-    " --max_completion_length 12 --num_mini_batches 2 --learning_rate 2e-5 --warmup_steps 10 --save_steps 1000"
-    " --per_device_train_batch_size 64 --num_eval_problems 0 --logging_steps 10"
+COMMON = "--preset laptop --bf16 true --save_steps 1000 --per_device_train_batch_size 64"
+SUMS = (
+    f"--task {FOLDER / 'arithmetic.py'} --generation_batch_size 32 --num_generations 8 --learning_rate 2e-5"
+    " --warmup_steps 10 --num_mini_batches 2 --num_eval_problems 0 --bf16 false"
 )
-TERM = "--scope_alpha 0.375 --scope_weight 1"
+TERM = "--scope_alpha 0.375 --scope_weight 1 --scope_integral_gain 0"
 RULE = "--scope_target_entropy 0.3 --scope_temperature_min 1 --scope_temperature_max 2 --scope_gain 5"
-HALF = "--scope_target_entropy 0.5 --scope_alpha 0.25 --scope_weight 1 --scope_temperature_min 1 --scope_gain 2"
+HALF = (
+    "--scope_target_entropy 0.5 --scope_alpha 0.25 --scope_weight 1 --scope_temperature_min 1 --scope_gain 2"
+    " --scope_integral_gain 0"
+)
 SLOW = "--warmup_steps 3 --learning_rate 5e-6"
-# Label -> options for train.py; before them, after an @, the changes that `Changed` knows.
+LIKELY = "@sums @top_k=5 @mean_over_positives"
+# Label -> options for train.py; before them, with @, the task, top_k (see NotingSampler) and experiments.VARIANTS.
 EXPERIMENT = {
-    "GRPO": "--max_steps 24 --algorithm grpo",
-    "SCOPE, T up to 1.5": f"--max_steps 24 {HALF} --scope_temperature_max 1.5",
-    "SCOPE, top 20, T up to 3": f"@top_k=20 --max_steps 30 {HALF} --scope_temperature_max 3",
-    "collapsed: GRPO": f"--max_steps 12 {SLOW} --algorithm grpo",
-    "collapsed: SCOPE, T = 1.5": f"--max_steps 12 {SLOW} {TERM} {experiments.constant(1.5)}",
-    "collapsed: top 5, mean over positives, T = 2": (
-        f"@top_k=5,positives --max_steps 16 {SLOW} {TERM} {experiments.constant(2)}"
+    "GRPO": "--algorithm grpo",
+    "SCOPE, all published": f"{experiments.PUBLISHED} {experiments.alpha(1 / 64, 1 / 64)}",
+    **{f"SCOPE, H0 {H}": experiments.target(H) for H in (0.5, 0.8)},
+    "PI on the bonus, H0 0.5": f"@bonus_pi {experiments.ALONE} --scope_temperature_max 1.2 {experiments.gains(0.8, 0.02)}",
+    "stepwise bonus, H0 0.5": experiments.RIVALS["stepwise bonus"],
+    "sums: GRPO": "@sums --max_steps 24 --algorithm grpo",
+    "sums: SCOPE, T up to 1.5": f"@sums --max_steps 24 {HALF} --scope_temperature_max 1.5",
+    "sums: SCOPE, top 20, T up to 3": f"@sums @top_k=20 --max_steps 30 {HALF} --scope_temperature_max 3",
+    "sums: top 5, mean over positives, H0 0.3": f"{LIKELY} --max_steps 40 {SLOW} {TERM} {RULE}",
+    "sums, collapsed: GRPO": f"@sums --max_steps 12 {SLOW} --algorithm grpo",
+    "sums, collapsed: top 5, mean over positives, T = 2": (
+        f"{LIKELY} --max_steps 16 {SLOW} {TERM} {experiments.constant(2)}"
     ),
-    "collapsed: top 5, mean over positives, T = 2, 2e-5": (
-        f"@top_k=5,positives --max_steps 12 --warmup_steps 3 {TERM} {experiments.constant(2)}"
-    ),
-    "collapsed: top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 20 {SLOW} {TERM} {RULE}",
-    "GRPO, learning rate 5e-6": f"--max_steps 24 {SLOW} --algorithm grpo",
-    "top 5, mean over positives, H0 0.3": f"@top_k=5,positives --max_steps 40 {SLOW} {TERM} {RULE}",
-    "top 5, mean over positives, H0 0.3, integral": (
-        f"@top_k=5,positives --max_steps 36 {SLOW} {TERM} {RULE} --scope_temperature_max 2.5"
-        " --scope_integral_gain 0.5 --scope_integral_band 1"
-    ),
+    "sums, collapsed: top 5, mean over positives, H0 0.3": f"{LIKELY} --max_steps 20 {SLOW} {TERM} {RULE}",
 }
+
+
+def parts(options: str) -> tuple[experiments.Variant, int, list[str]]:
+    """The variant, top_k, and the arguments for train.py."""
+    words = options.split()
+    names = [word[1:] for word in words if word.startswith("@")]
+    kinds = tuple(experiments.VARIANTS[name] for name in names if name in experiments.VARIANTS)
+    top_k = next((int(name[len("top_k=") :]) for name in names if name.startswith("top_k=")), 0)
+    common = COMMON.split() + SUMS.split() * ("sums" in names)
+    return type("Changed", kinds or (experiments.Variant,), {})(), top_k, common + words[len(names) :]
 
 
 # --- Reading each prompt once
 def score(model, samples: rollout.Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rollout.score, with the rows of a prompt behind one pass over it; for short completions on a CPU."""
-    mask = samples.completion_mask[rows]  # [n, S]
-    starts, members = mask.long().argmax(1).tolist(), {}  # where each completion begins; who shares a prompt
-    for i, row in enumerate(rows.tolist()):
-        members.setdefault(tuple(samples.sequences[row, : starts[i]].tolist()), []).append(i)
-    head, scores = model.get_output_embeddings(), {}
-    for prompt, group in members.items():
-        P, longest = len(prompt), int(samples.lengths[rows[group]].max())
-        ids, kept = samples.sequences[rows[group], P - 1 : longest], mask[group, P:longest]  # [m, C + 1], [m, C]
-        cache = model.base_model(input_ids=torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(group))
-        behind = {"past_key_values": cache, "use_cache": True}
-        hidden = model.base_model(input_ids=ids[:, :-1], **behind).last_hidden_state  # [m, C, D]
-        pair = logprobs_and_entropies(hidden[kept], head, ids[:, 1:][kept], 1024)
-        counts = kept.sum(1).tolist()
-        scores |= dict(zip(group, zip(*(x.split(counts) for x in pair), strict=True), strict=True))
-    logprobs, entropies = zip(*(scores[i] for i in range(len(rows))), strict=True)
-    zeros = torch.zeros(mask.shape)
-    return zeros.masked_scatter(mask, torch.cat(logprobs)), zeros.masked_scatter(mask, torch.cat(entropies))
+    """rollout.score, with each distinct prompt read once, before all completions; for a CPU."""
+    sequences, mask = samples.sequences[rows], samples.completion_mask[rows]  # [n, S]
+    starts, counts = mask.long().argmax(1), mask.sum(1)  # where each completion begins, and its tokens  [n]
+    prompts = [tuple(ids[:start].tolist()) for ids, start in zip(sequences, starts, strict=True)]
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    which = torch.tensor([distinct[prompt] for prompt in prompts])  # whose prompt  [n]
+
+    # Prompts with their padding on the left, but for their last token, whose logits are a completion's first.
+    P, C = max(map(len, distinct)), int(counts.max())
+    ids = torch.tensor([(0,) * (P - len(prompt)) + prompt for prompt in distinct])  # [U, P]
+    attention = (torch.arange(P) >= P - torch.tensor([[len(prompt)] for prompt in distinct])).long()  # [U, P]
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    before = {"attention_mask": attention[:, :-1], "position_ids": positions[:, :-1], "use_cache": True}
+    cache = model.base_model(input_ids=ids[:, :-1], **before).past_key_values
+    cache.batch_select_indices(which)
+
+    # From there on the completions, each after its prompt.
+    columns = (starts - 1)[:, None] + torch.arange(C + 1)  # [n, C + 1]
+    tokens = sequences.gather(1, columns.clamp(max=sequences.shape[1] - 1))
+    attention = torch.cat([attention[which], torch.ones(len(rows), C - 1, dtype=torch.long)], 1)
+    behind = {"attention_mask": attention, "position_ids": columns[:, :-1], "past_key_values": cache, "use_cache": True}
+    hidden = model.base_model(input_ids=tokens[:, :-1], **behind).last_hidden_state  # [n, C, D]
+    kept = torch.arange(C) < counts[:, None]  # [n, C]
+    head = model.get_output_embeddings()
+    pair = logprobs_and_entropies(hidden[kept], head, tokens[:, 1:][kept], 1024)
+    logprobs, entropies = (torch.zeros(mask.shape).masked_scatter(mask, values) for values in pair)
+    return logprobs, entropies
 
 
 # --- What the theory says of a step
@@ -142,33 +161,10 @@ def note(samples: rollout.Rollout, table: scope_rl.Objective, rewards: Tensor, p
 
 
 # --- Running
-class Changed(experiments.Variant):
-    """SCOPE with changes: `top_k=K` (see NotingSampler), `positives`, the mean over positives only, and
-    `ahead=N`, the rule on where H will be N steps on, by a smoothed H and its slope (Holt's)."""
-
-    def __init__(self, changes: str) -> None:
-        pairs = (change.partition("=") for change in changes.split(",") if change)
-        self.changes = {name: int(value or 1) for name, _, value in pairs}
-
-    def scope_temperature(self, entropy, integral, **limits):
-        ahead = self.changes.get("ahead")
-        if ahead is None:
-            return super().scope_temperature(entropy, integral, **limits)
-        level, slope = integral or (entropy, 0.0)  # in the integral's place, where checkpoints hold it
-        smoothed = 0.5 * (level + slope) + 0.5 * entropy
-        slope += 0.3 * (smoothed - level - slope)
-        return super().scope_temperature(smoothed + ahead * slope, 0.0, **limits)[0], (smoothed, slope)
-
-    def change(self, table, rewards, auxiliary, alpha):
-        if "positives" in self.changes:
-            experiments.MeanOverPositives().change(table, rewards, auxiliary, alpha)
-
-
 def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict:
     """Train with a label's options, and return the row."""
-    words = EXPERIMENT[label].split()
-    variant = Changed(words.pop(0)[1:] if words[0].startswith("@") else "")
-    folder, notes, last = WORK / f"{[*EXPERIMENT].index(label)}-{seed}", [], {}
+    variant, top_k, words = parts(EXPERIMENT[label])
+    folder, notes, last, shown = WORK / f"{[*EXPERIMENT].index(label)}-{seed}", [], {}, []
     shutil.rmtree(folder, ignore_errors=True)
     own = ["--model", model, "--seed", str(seed), "--output_dir", str(folder)]
 
@@ -180,24 +176,31 @@ def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict
         notes.append(note(samples, table, last["rewards"], prompt, last["N"]))
         return UPDATE(run, samples, prompt, table)
 
-    sampler = type("Sampler", (NotingSampler,), {"top_k": variant.changes.get("top_k", 0)})
+    def sample(run, problems, temperatures):
+        samples, rewards = SAMPLE(run, problems, temperatures)
+        if problems[0] in run.task.test[:1]:  # in an evaluation
+            shown.append(samples.texts[: run.config.num_eval_generations])
+        return samples, rewards
+
+    functions = {name: getattr(variant, name) for name in ("scope_temperature", "scope_loss")}
     with (
-        mock.patch.multiple(scope_rl, objective_table=objective_table, scope_temperature=variant.scope_temperature),
-        mock.patch.multiple(rollout, Sampler=sampler, score=score),
-        mock.patch.object(train, "update", update),
+        mock.patch.multiple(scope_rl, objective_table=objective_table, **functions),
+        mock.patch.multiple(rollout, Sampler=type("Sampler", (NotingSampler,), {"top_k": top_k}), score=score),
+        mock.patch.multiple(train, update=update, sample=sample),
     ):
-        run = train.set_up(train.parse_config([*COMMON.split(), *own, *words]))
+        run = train.set_up(train.parse_config([*words, *own]))
         train.train(run)
     if save:
         shutil.copytree(folder / "model", save)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [step | noted for step, noted in zip(steps, notes, strict=True)]
-    row = {"label": label, "options": EXPERIMENT[label], "seed": seed, "target": run.config.scope_target_entropy}
     shutil.rmtree(folder)
-    return row | {name: [round(step[name], 4) for step in steps] for name in KEPT if name in steps[0]}
+    row = {"label": label, "options": EXPERIMENT[label], "seed": seed, "target": run.config.scope_target_entropy}
+    row |= {name: [round(step[name], 4) for step in steps] for name in KEPT if name in steps[0]}
+    return row | {"evaluations": run.evaluations, "question": [p.question for p in run.task.test[:1]], "texts": shown}
 
 
-UPDATE = train.update
+UPDATE, SAMPLE = train.update, train.sample
 KEPT = (
     "reward", "entropy", "scope_temperature", "completion_length", "truncated_frac", "grad_norm", "other",
     "aux_right", "aux_other", "grpo_first", "scope_first",
@@ -208,7 +211,7 @@ KEPT = (
 def probe(model: str, seed: int) -> None:
     """Print, for GRPO's gradient and for that of positives drawn at T, dH / d eta on the contexts of the
     prompts sampled and on those of 8 others, and the tabular prediction; each is per unit of eta."""
-    options = f"{COMMON} --model {model} --output_dir {WORK / 'none'} --per_device_train_batch_size 64"
+    options = f"{COMMON} {SUMS} --model {model} --output_dir {WORK / 'none'}"
     run = train.set_up(train.parse_config(options.split()))
     shutil.rmtree(WORK / "none")
     torch.manual_seed(seed)
@@ -235,10 +238,53 @@ def probe(model: str, seed: int) -> None:
             print(f"| {name} | {real[0]:+.2f} | {real[1]:+.2f} | {predicted:+.4f} |", flush=True)
 
 
-def table() -> str:
-    """A line a row: the entropy of the first, the lowest and the last steps, and means of the last eight."""
+# --- Tables and the figure
+def read_rows(sums: bool) -> list[dict]:
+    """The rows of one of the two tasks."""
+    rows = map(json.loads, ROWS.read_text().splitlines())
+    return [row for row in rows if row["label"].startswith("sums") == sums]
+
+
+def cells() -> dict[str, list[dict]]:
+    """Label -> its rows, of numbers between two others."""
+    rows = read_rows(sums=False)
+    known = {label: [row for row in rows if row["label"] == label] for label in EXPERIMENT}
+    return {label: cell for label, cell in known.items() if cell}
+
+
+def last_fifth(row: dict) -> dict[str, float]:
+    """Means of a row over its last fifth, and of its evaluations."""
+    last = -(len(row["entropy"]) // 5)
+    values = {name: float(np.mean(row[name][last:])) for name in KEPT if name in row}
+    values["error"] = float(np.mean(np.abs(np.array(row["entropy"][last:]) - row["target"]))) / row["target"]
+    values |= {"start": row["entropy"][0], "pass@1 before": row["evaluations"]["before"]["pass@1"]}
+    return values | row["evaluations"]["after"]
+
+
+def comparison() -> str:
+    """The controllers on numbers between two others: means over the seeds."""
+    columns = ("start", "entropy", "error", "scope_temperature", "reward", "pass@1 before", "pass@1", "distinct_correct")
     lines = []
-    for row in map(json.loads, ROWS.read_text().splitlines()):
+    for label, rows in cells().items():
+        values = [last_fifth(row) for row in rows]
+        shown = [report.show([v[name] for v in values]) for name in columns]
+        lines.append([label, len(rows), *shown])
+    header = ["run", "seeds", "H, first", "H, last fifth", "mean of abs(H - H0) / H0", "T", "reward"]
+    return report.markdown([*header, "Pass@1 before", "Pass@1 after", "distinct right, of 8"], lines)
+
+
+def samples() -> str:
+    """What seed 0 of each run answered to one question before and after."""
+    lines, rows = [], [cell[0] for cell in cells().values()]
+    for label, texts in [("before", rows[0]["texts"][0]), *((row["label"], row["texts"][-1]) for row in rows)]:
+        lines.append([label, " · ".join(" ".join(text.replace("|", "/").split()) for text in texts)])
+    return report.markdown(["run", f"eight answers to: {rows[0]['question'][0]}"], lines)
+
+
+def table() -> str:
+    """A line a row of the sums: the entropy of the first, the lowest and the last steps, and means of the last eight."""
+    lines = []
+    for row in read_rows(sums=True):
         H = row["entropy"]
         names = ("entropy", "scope_temperature", "reward", "other", "aux_right", "aux_other")
         means = [f"{np.mean(row[name][-8:]):.2f}" if name in row else "" for name in names]
@@ -248,10 +294,29 @@ def table() -> str:
     return report.markdown(header, lines)
 
 
+def draw(path: Path) -> None:
+    """A panel a run: the entropy (a line a seed) and, dotted, its target; reward in grey."""
+    import matplotlib.pyplot as plt  # the extra `plot`
+
+    shown = cells()
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), sharey=True, layout="constrained")
+    for axis, (label, rows) in zip(axes, shown.items(), strict=True):
+        for k, row in enumerate(rows):
+            axis.plot(row["reward"], color="silver", lw=0.8, label="reward" if k == 0 else None)
+            axis.plot(row["entropy"], color=f"C{k}", lw=1.2, label=f"entropy, seed {row['seed']}")
+        if label != "GRPO":
+            axis.axhline(rows[0]["target"], color="black", lw=0.8, ls=":")
+        axis.set(title=label, xlabel="step", ylim=(0, 3))
+    axes[0].set(ylabel="nats a token; reward")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
-    """One run, or the table."""
+    """One run, or the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="the pretrained model, or the collapsed one; none: print the table")
+    parser.add_argument("model", nargs="?", help="the pretrained model, or the collapsed one; none: the tables and the figure")
     parser.add_argument("label", nargs="?", choices=EXPERIMENT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="a new folder for the policy at the end")
@@ -261,7 +326,8 @@ def main() -> None:
     if args.probe:
         return probe(args.model, args.seed)
     if args.label is None:
-        return print(table(), end="")
+        draw(FOLDER / "figures" / "pretrained.png")
+        return print(comparison(), samples(), table(), sep="\n", end="")
     row = one_run(args.model, args.label, args.seed, args.save)
     with open(ROWS, "a") as file:
         file.write(json.dumps(row) + "\n")

@@ -2,7 +2,8 @@
 
     python theory/lab/probes.py asymmetry [--save POLICY] [train.py's options]
     python theory/lab/probes.py one_factor      of the rows kept: is measured = k predicted?
-    python theory/lab/probes.py closed_loop OUTPUT_DIR [--steps 60] [train.py's options]
+    python theory/lab/probes.py closed_loop OUTPUT_DIR [--steps 60] [--label LABEL] [train.py's options]
+    python theory/lab/probes.py loops           of the steps kept: the table
 
 **asymmetry.** The theorem is about one softmax with free logits. Here a policy, a real network,
 takes one small gradient step on a batch of its own samples, drawn at T, with one sign:
@@ -43,6 +44,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
+import report
 import rollout
 import train
 from entropy import masked_mean
@@ -52,6 +54,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside 
 import closed_forms as cf
 
 SIGNS = Path(__file__).parent / "signs.jsonl"
+LOOPS = Path(__file__).parent / "loops.jsonl"
 TEMPERATURES = (0.6, 0.8, 1.0, 1.2, 1.4)
 SAMPLES = 2048  # of the policy, for each step looked at
 
@@ -237,8 +240,20 @@ def one_step(run: train.Run) -> dict[str, float]:
     }
 
 
+def loop_table() -> str:
+    """A line a run of closed_loop that was kept: H, and the parts in 1e-4 nats a step, mean ± 2 standard errors."""
+    lines = []
+    for row in map(json.loads, LOOPS.read_text().splitlines()):
+        values = np.array(list(row["steps"].values())).T  # [steps, columns]
+        mean, error = values.mean(0), two_errors(values)
+        parts = [f"{1e4 * m:+.1f} ± {1e4 * e:.1f}" for m, e in zip(mean[2:], error[2:], strict=True)]
+        lines.append([row["label"], len(values), f"{mean[0]:.3f}", f"{mean[1]:.2f}", *parts])
+    header = ["goes on from", "steps", "H", "T", "first order", "curvature", "both", "visiting"]
+    return report.markdown(header, lines)
+
+
 def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
-    """Go on with the run; print the parts as means a step."""
+    """Go on with the run; print the parts as means a step, and keep them under a label."""
     run = set_up(rest, args.output_dir)
     total, rows = 0.0, []
     for _ in tqdm(range(args.steps)):
@@ -248,6 +263,10 @@ def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
     pairs = zip(rows[0], values.mean(0), two_errors(values), strict=True)
     print(f"entropy change a step in nats, mean ± 2 standard errors over {args.steps} steps")
     print(", ".join(f"{name} {mean:+.5f} ± {error:.5f}" for name, mean, error in pairs))
+    if args.label:
+        steps = {name: [round(row[name], 7) for row in rows] for name in rows[0]}
+        with open(LOOPS, "a") as file:
+            file.write(json.dumps({"label": args.label, "steps": steps}) + "\n")
     if args.save:
         vector_to_parameters(total / args.steps, run.model.parameters())
         run.model.save_pretrained(args.save)
@@ -265,10 +284,12 @@ def main() -> None:
     signs.add_argument("--norm", type=float, default=1e-2, help="length of the step in the weights")
     signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl")
     commands.add_parser("one_factor").set_defaults(command=print_factors)
+    commands.add_parser("loops").set_defaults(command=lambda *_: print(loop_table(), end=""))
     loop = commands.add_parser("closed_loop", epilog="Other options are train.py's.")
     loop.set_defaults(command=closed_loop)
     loop.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
     loop.add_argument("--steps", type=int, default=60)
+    loop.add_argument("--label", help="append the steps to loops.jsonl under it")
     loop.add_argument("--save", type=Path, help="a folder for the mean weights")
     args, rest = parser.parse_known_args()
     args.command(args, rest)

@@ -632,11 +632,11 @@ def test_the_sums_asked_are_checked_and_the_splits_share_none():
 def test_a_number_between_is_right_and_the_splits_share_none():
     task, again = between.task(train.Config(seed=3)), between.task(train.Config(seed=4))
     assert task.test == again.test and task.train != again.train and sorted(task.train) == sorted(again.train)
-    assert len(task.train + task.test) == len({*task.train, *task.test}) == sum(99 - width for width in range(28, 33))
+    assert (len(task.train), len(task.test), len({*task.train, *task.test})) == (302, 43, 345)
     problem = reward.Problem("Pick a number between 23 and 53.", "23 53")
     assert problem in task.train + task.test
-    right = ("24", "52.", "The number is 50!", "23 < 30", "99, no: 40")
-    wrong = ("23", "53", "", "none", "40 and 99", "3", "5 1", "1" * 5000)
+    right = ("24", "52.", "The number is 50!", "23 < 30", "99, no: 40", "-30", "12.40", "034")  # the last digits count
+    wrong = ("23", "53", "", "none", "40 and 99", "3", "5 1", "30.5", "1" * 5000)
     assert [task.reward(problem, text) for text in (*right, *wrong)] == [1] * len(right) + [0] * len(wrong)
 
 
@@ -648,14 +648,23 @@ def test_every_label_is_a_config_of_its_own():
         assert Path(config.task).name == ("arithmetic.py" if label.startswith("sums") else "between.py")
         named = [kind.__name__ for kind in type(variant).__mro__[1:-2]]
         assert (top_k > 0, "MeanOverPositives" in named) == ("top" in label, "mean over" in label)
+        assert ("StepwiseBonus" in named) == ("stepwise" in label) and (config.algorithm == "grpo") == ("GRPO" in label)
+        if target := re.search(r"H0 ([\d.]+)", label):
+            assert config.scope_target_entropy == float(target[1])
         configs.add((str(named), top_k, str(config), "collapsed" in label))
     assert len(configs) == len(pretrained.EXPERIMENT)
+    with pytest.raises(KeyError, match="bonus_pl"):
+        pretrained.parts("@bonus_pl --max_steps 2")
 
 
 def test_a_prompt_read_once_scores_the_same(random_model, tokenizer):
-    model, prompts = random_model(), ["1,2,3:6=", "4,5,6:11=", "1,2,3:6="]
+    model, prompts = random_model(), ["1,2,3:6=", "4,5,6:11=", "1"]
     samples = rollout.generate(model, tokenizer, prompts * 2, torch.ones(6), 8)
-    rows = torch.tensor([5, 0, 1, 2])
+    for i in (2, 5):  # all prompts of these rows are one token long
+        alone = pretrained.score(model, samples, torch.tensor([i]))
+        for usual, once in zip(rollout.score(model, samples, torch.tensor([i])), alone, strict=True):
+            assert torch.allclose(usual, once, atol=1e-4)
+    rows = torch.tensor([5, 0, 1, 2, 3])
     results = []
     for score in (rollout.score, pretrained.score):
         logprobs, entropies = score(model, samples, rows)
@@ -687,22 +696,52 @@ def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path,
     )
     options = "@top_k=3 @mean_over_positives --max_steps 3 --num_eval_problems 2 --scope_temperature_min 1.2"
     monkeypatch.setattr(pretrained, "EXPERIMENT", {"short": options})
-    usual = rollout.score, train.update, scope_rl.objective_table
+    usual = rollout.score, rollout.Sampler, train.update, train.sample, scope_rl.objective_table, scope_rl.scope_loss
     row = pretrained.one_run(str(model_folder), "short", 1, tmp_path / "end")
-    assert usual == (rollout.score, train.update, scope_rl.objective_table)
+    now = rollout.score, rollout.Sampler, train.update, train.sample, scope_rl.objective_table, scope_rl.scope_loss
+    assert usual == now and row["settings"] == pretrained.settings(options)
     assert {len(row[name]) for name in pretrained.KEPT} == {3}
     assert (tmp_path / "end" / "model.safetensors").exists() and not list((tmp_path / "work").iterdir())
     assert min(row["scope_temperature"]) >= 1.2
     assert [len(texts) for texts in row["texts"]] == [64, 64] and set(row["evaluations"]) == {"before", "after"}
-    assert pretrained.last_fifth(row | {"entropy": [9, 9, 9, 9, 0.5], "target": 0.4})["error"] == pytest.approx(0.25)
+
+
+def test_the_tables_of_the_pretrained_model_are_means_of_the_last_fifth(tmp_path, monkeypatch):
+    steps = {name: [1.0] * 10 for name in pretrained.KEPT} | {"reward": [0.1] + [0.5] * 9}
+    evaluations = {"before": {"pass@1": 0.0}, "after": {"pass@1": 0.25, "distinct_correct": 3.0}}
+    rest = {"target": 0.5, "evaluations": evaluations, "question": ["?"]}
+    # Seed 1 stands first: means |H - H0| of .1 and .3, entropies of .5 and .8 at the end.
+    ends = {1: [0.6, 0.4], 0: [0.7, 0.9]}
+    rows = [
+        {"label": "SCOPE, H0 0.5", "seed": seed, "texts": [["a|b"], [f"of {seed}"]], **rest, **steps}
+        | {"entropy": [2.0] * 8 + end} for seed, end in ends.items()
+    ]  # fmt: skip
+    monkeypatch.setattr(pretrained, "ROWS", tmp_path / "rows.jsonl")
+    pretrained.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [cell.split(" ±")[0] for cell in pretrained.comparison().splitlines()[-1].strip("| ").split(" | ")]
+    assert cells[:2] == ["SCOPE, H0 0.5", "2"]
+    assert [float(cell) for cell in cells[2:]] == pytest.approx([2, 0.65, 0.2, 1, 0.1, 0.5, 0.25, 3], abs=0.1)
+    assert pretrained.last_fifth(rows[0])["distance"] == pytest.approx(0.1)
+    assert pretrained.last_fifth(rows[1])["distance"] == pytest.approx(0.3)
+    assert pretrained.answers().splitlines()[2:] == ["| before | `a/b` |", "| SCOPE, H0 0.5 | `of 0` |"]
 
 
 def test_the_page_shows_the_rows_of_the_pretrained_model():
     page = (THEORY / "lab" / "README.md").read_text()
-    for shown in (pretrained.comparison(), pretrained.samples(), pretrained.table()):
+    for shown in (pretrained.comparison(), pretrained.answers(), pretrained.sums_table()):
         assert shown in page
     for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
-        assert row["options"] == pretrained.EXPERIMENT[row["label"]]
+        if not row["label"].startswith("sums, stopped"):
+            assert row["options"] == pretrained.EXPERIMENT[row["label"]]
+            assert row["settings"] == pretrained.settings(row["options"])
+
+
+def test_the_closed_loop_s_table_is_in_ten_thousandths_of_a_nat(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
+    steps = {"visiting": [0.0, 0.0], "H": [0.4, 0.5], "T": [1, 1.5], "first": [1e-4, 3e-4], "curvature": [-1e-4, -1e-4]}
+    probes.LOOPS.write_text(json.dumps({"label": "x", "steps": steps | {"fixed": [5e-4, 5e-4]}}) + "\n")
+    expected = "| x | 2 | 0.450 | 1.25 | +2.0 ± 2.0 | -1.0 ± 0.0 | +5.0 ± 0.0 | +0.0 ± 0.0 |"
+    assert probes.loop_table().splitlines()[-1] == expected
 
 
 def test_the_theory_shows_the_steps_of_the_closed_loop():

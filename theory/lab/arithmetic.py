@@ -1,8 +1,8 @@
 """Sums of two small numbers, asked in words: a task for a pretrained model on a laptop.
 
 `What is 7 + 12?` is answered right by `19`, and by `The answer is 19.` and every other completion
-whose last number is 19. So its right answers differ in their form alone, a choice of three words or
-so among the ten tokens, most of which repeat the question: little entropy can be held here.
+whose last number is 19. So its right answers differ in their form alone, in two or three of some
+ten tokens, most of which repeat the question.
 """
 
 import random

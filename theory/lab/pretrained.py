@@ -6,13 +6,15 @@ pretrained.jsonl: the numbers of every step, the evaluation, and what the tabula
 (`note`). Labels with "collapsed" start from a collapsed policy, which `--save FOLDER` writes at the
 end of a run. Without MODEL the tables are printed and the figure is drawn.
 
-A prompt has some fifty tokens here and a completion ten or fewer, and several completions share a
-prompt. So scoring reads each prompt once (`score`): the same numbers, in less than half of the time.
+A prompt has some fifty tokens here and a completion twelve at most, and several completions share a
+prompt. So scoring reads each prompt once (`score`), which halves the time; in float32 the numbers are
+the same but for rounding.
 """
 
 import argparse
 import json
 import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -20,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import experiments
 import probes
@@ -50,15 +53,22 @@ EXPERIMENT = {
     "GRPO": "--algorithm grpo",
     "SCOPE, all published": f"{experiments.PUBLISHED} {experiments.alpha(1 / 64, 1 / 64)}",
     **{f"SCOPE, H0 {H}": experiments.target(H) for H in (0.5, 0.8)},
-    "PI on the bonus, H0 0.5": f"@bonus_pi {experiments.ALONE} --scope_temperature_max 1.2 {experiments.gains(0.8, 0.02)}",
-    "stepwise bonus, H0 0.5": experiments.RIVALS["stepwise bonus"],
+    **{f"SCOPE, H0 {H}, gain 1": f"{experiments.target(H)} --scope_gain 1" for H in (0.5, 0.8)},
+    "stepwise bonus, H0 0.5": f"{experiments.RIVALS['stepwise bonus']} {experiments.target(0.5)}",
     "sums: GRPO": "@sums --max_steps 24 --algorithm grpo",
     "sums: SCOPE, T up to 1.5": f"@sums --max_steps 24 {HALF} --scope_temperature_max 1.5",
     "sums: SCOPE, top 20, T up to 3": f"@sums @top_k=20 --max_steps 30 {HALF} --scope_temperature_max 3",
     "sums: top 5, mean over positives, H0 0.3": f"{LIKELY} --max_steps 40 {SLOW} {TERM} {RULE}",
+    "sums: top 5, mean over positives, H0 0.3, integral": (
+        f"{LIKELY} --max_steps 36 {SLOW} {TERM} {RULE} --scope_temperature_max 2.5"
+        " --scope_integral_gain 0.5 --scope_integral_band 1"
+    ),
     "sums, collapsed: GRPO": f"@sums --max_steps 12 {SLOW} --algorithm grpo",
     "sums, collapsed: top 5, mean over positives, T = 2": (
         f"{LIKELY} --max_steps 16 {SLOW} {TERM} {experiments.constant(2)}"
+    ),
+    "sums, collapsed: top 5, mean over positives, T = 2, 2e-5": (
+        f"{LIKELY} --max_steps 12 --warmup_steps 3 {TERM} {experiments.constant(2)}"
     ),
     "sums, collapsed: top 5, mean over positives, H0 0.3": f"{LIKELY} --max_steps 20 {SLOW} {TERM} {RULE}",
 }
@@ -66,12 +76,18 @@ EXPERIMENT = {
 
 def parts(options: str) -> tuple[experiments.Variant, int, list[str]]:
     """The variant, top_k, and the arguments for train.py."""
-    words = options.split()
-    names = [word[1:] for word in words if word.startswith("@")]
-    kinds = tuple(experiments.VARIANTS[name] for name in names if name in experiments.VARIANTS)
+    names = [word[1:] for word in options.split() if word.startswith("@")]
+    words = [word for word in options.split() if not word.startswith("@")]
     top_k = next((int(name[len("top_k=") :]) for name in names if name.startswith("top_k=")), 0)
+    kinds = [experiments.VARIANTS[name] for name in names if name != "sums" and not name.startswith("top_k=")]
     common = COMMON.split() + SUMS.split() * ("sums" in names)
-    return type("Changed", kinds or (experiments.Variant,), {})(), top_k, common + words[len(names) :]
+    return type("Changed", tuple(kinds) or (experiments.Variant,), {})(), top_k, common + words
+
+
+def settings(options: str) -> dict:
+    """What a label's config says, but for files and the seed: a row keeps it, as presets change."""
+    config = train.parse_config([*parts(options)[2], "--output_dir", "none"])
+    return {name: value for name, value in vars(config).items() if name not in ("model", "task", "output_dir", "seed")}
 
 
 # --- Reading each prompt once
@@ -83,13 +99,13 @@ def score(model, samples: rollout.Rollout, rows: Tensor) -> tuple[Tensor, Tensor
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     which = torch.tensor([distinct[prompt] for prompt in prompts])  # whose prompt  [n]
 
-    # Prompts with their padding on the left, but for their last token, whose logits are a completion's first.
+    # Prompts, padded on the left. All but their last token go into the cache; that one is read with the completions.
     P, C = max(map(len, distinct)), int(counts.max())
     ids = torch.tensor([(0,) * (P - len(prompt)) + prompt for prompt in distinct])  # [U, P]
     attention = (torch.arange(P) >= P - torch.tensor([[len(prompt)] for prompt in distinct])).long()  # [U, P]
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     before = {"attention_mask": attention[:, :-1], "position_ids": positions[:, :-1], "use_cache": True}
-    cache = model.base_model(input_ids=ids[:, :-1], **before).past_key_values
+    cache = model.base_model(input_ids=ids[:, :-1], **before).past_key_values if P > 1 else DynamicCache()
     cache.batch_select_indices(which)
 
     # From there on the completions, each after its prompt.
@@ -100,7 +116,7 @@ def score(model, samples: rollout.Rollout, rows: Tensor) -> tuple[Tensor, Tensor
     hidden = model.base_model(input_ids=tokens[:, :-1], **behind).last_hidden_state  # [n, C, D]
     kept = torch.arange(C) < counts[:, None]  # [n, C]
     head = model.get_output_embeddings()
-    pair = logprobs_and_entropies(hidden[kept], head, tokens[:, 1:][kept], 1024)
+    pair = logprobs_and_entropies(hidden[kept], head, tokens[:, 1:][kept], 256)
     logprobs, entropies = (torch.zeros(mask.shape).masked_scatter(mask, values) for values in pair)
     return logprobs, entropies
 
@@ -142,10 +158,10 @@ def mean_changes(samples: rollout.Rollout) -> Tensor:
 
 
 def note(samples: rollout.Rollout, table: scope_rl.Objective, rewards: Tensor, prompt: Tensor, N: int) -> dict:
-    """What both parts of J add to H, by the tabular theory to first order; shares of right samples.
+    """What GRPO's part of J and SCOPE's add to H, by the tabular theory to first order; shares of right samples.
 
     `other` ones are right, and differ from the most frequent right ordinary sample of their prompt."""
-    parts, right = table.weights * table.advantages * mean_changes(samples), rewards == 1
+    changes, right = table.weights * table.advantages * mean_changes(samples), rewards == 1
     texts: dict[int, Counter] = {}
     for i in range(N):
         if right[i]:
@@ -153,9 +169,9 @@ def note(samples: rollout.Rollout, table: scope_rl.Objective, rewards: Tensor, p
     usual = {p: counter.most_common(1)[0][0] for p, counter in texts.items()}
     other = [bool(r) and usual.get(int(p), t) != t for t, p, r in zip(samples.texts, prompt, right, strict=True)]
     other = torch.tensor(other).float()
-    row = {"grpo_first": parts[:N].sum().item(), "other": other[:N].mean().item()}
+    row = {"grpo_first": changes[:N].sum().item(), "other": other[:N].mean().item()}
     if len(rewards) > N:
-        row |= {"scope_first": parts[N:].sum().item(), "aux_right": right[N:].float().mean().item()}
+        row |= {"scope_first": changes[N:].sum().item(), "aux_right": right[N:].float().mean().item()}
         row |= {"aux_other": other[N:].mean().item()}
     return row
 
@@ -164,7 +180,7 @@ def note(samples: rollout.Rollout, table: scope_rl.Objective, rewards: Tensor, p
 def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict:
     """Train with a label's options, and return the row."""
     variant, top_k, words = parts(EXPERIMENT[label])
-    folder, notes, last, shown = WORK / f"{[*EXPERIMENT].index(label)}-{seed}", [], {}, []
+    folder, notes, last, shown = WORK / f"{zlib.crc32(label.encode()):08x}-{seed}", [], {}, []
     shutil.rmtree(folder, ignore_errors=True)
     own = ["--model", model, "--seed", str(seed), "--output_dir", str(folder)]
 
@@ -189,6 +205,7 @@ def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict
         mock.patch.multiple(train, update=update, sample=sample),
     ):
         run = train.set_up(train.parse_config([*words, *own]))
+        variant.run = run
         train.train(run)
     if save:
         shutil.copytree(folder / "model", save)
@@ -196,6 +213,7 @@ def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict
     steps = [step | noted for step, noted in zip(steps, notes, strict=True)]
     shutil.rmtree(folder)
     row = {"label": label, "options": EXPERIMENT[label], "seed": seed, "target": run.config.scope_target_entropy}
+    row["settings"] = settings(EXPERIMENT[label])
     row |= {name: [round(step[name], 4) for step in steps] for name in KEPT if name in steps[0]}
     return row | {"evaluations": run.evaluations, "question": [p.question for p in run.task.test[:1]], "texts": shown}
 
@@ -246,69 +264,85 @@ def read_rows(sums: bool) -> list[dict]:
 
 
 def cells() -> dict[str, list[dict]]:
-    """Label -> its rows, of numbers between two others."""
-    rows = read_rows(sums=False)
+    """Label -> its rows by seed, of numbers between two others."""
+    rows = sorted(read_rows(sums=False), key=lambda row: row["seed"])
     known = {label: [row for row in rows if row["label"] == label] for label in EXPERIMENT}
     return {label: cell for label, cell in known.items() if cell}
 
 
 def last_fifth(row: dict) -> dict[str, float]:
-    """Means of a row over its last fifth, and of its evaluations."""
+    """Means of a row over its last fifth, and of its evaluations; `distance` is the mean of |H - H0|."""
     last = -(len(row["entropy"]) // 5)
     values = {name: float(np.mean(row[name][last:])) for name in KEPT if name in row}
-    values["error"] = float(np.mean(np.abs(np.array(row["entropy"][last:]) - row["target"]))) / row["target"]
-    values |= {"start": row["entropy"][0], "pass@1 before": row["evaluations"]["before"]["pass@1"]}
+    values["distance"] = float(np.mean(np.abs(np.array(row["entropy"][last:]) - row["target"])))
+    values |= {"first": row["entropy"][0], "first reward": row["reward"][0]}
     return values | row["evaluations"]["after"]
 
 
 def comparison() -> str:
     """The controllers on numbers between two others: means over the seeds."""
-    columns = ("start", "entropy", "error", "scope_temperature", "reward", "pass@1 before", "pass@1", "distinct_correct")
+    columns = (
+        "first",
+        "entropy",
+        "distance",
+        "scope_temperature",
+        "first reward",
+        "reward",
+        "pass@1",
+        "distinct_correct",
+    )
     lines = []
     for label, rows in cells().items():
         values = [last_fifth(row) for row in rows]
         shown = [report.show([v[name] for v in values]) for name in columns]
+        if label == "GRPO":
+            shown[2] = ""
         lines.append([label, len(rows), *shown])
-    header = ["run", "seeds", "H, first", "H, last fifth", "mean of abs(H - H0) / H0", "T", "reward"]
-    return report.markdown([*header, "Pass@1 before", "Pass@1 after", "distinct right, of 8"], lines)
+    header = ["run", "seeds", "H, first", "H, last fifth", "mean of abs(H - H0)", "T", "reward, first", "last fifth"]
+    return report.markdown([*header, "Pass@1", "distinct right"], lines)
 
 
-def samples() -> str:
-    """What seed 0 of each run answered to one question before and after."""
-    lines, rows = [], [cell[0] for cell in cells().values()]
-    for label, texts in [("before", rows[0]["texts"][0]), *((row["label"], row["texts"][-1]) for row in rows)]:
-        lines.append([label, " · ".join(" ".join(text.replace("|", "/").split()) for text in texts)])
-    return report.markdown(["run", f"eight answers to: {rows[0]['question'][0]}"], lines)
+def answers() -> str:
+    """What seed 0 of each run answers to the first test question before and after."""
+    rows = [row for cell in cells().values() for row in cell if row["seed"] == 0]
+    shown = [("before", rows[0]["texts"][0]), *((row["label"], row["texts"][-1]) for row in rows)] if rows else []
+    lines = [
+        [label, " ".join(f"`{' '.join(text.replace('|', '/').replace('`', ' ').split())}`" for text in texts)]
+        for label, texts in shown
+    ]
+    return report.markdown(["run", "answers to: " + "".join(rows[0]["question"] if rows else [])], lines)
 
 
-def table() -> str:
-    """A line a row of the sums: the entropy of the first, the lowest and the last steps, and means of the last eight."""
+def sums_table() -> str:
+    """A line a row of the sums: the entropy first, lowest and at the end; means of the last eight steps."""
     lines = []
     for row in read_rows(sums=True):
         H = row["entropy"]
         names = ("entropy", "scope_temperature", "reward", "other", "aux_right", "aux_other")
         means = [f"{np.mean(row[name][-8:]):.2f}" if name in row else "" for name in names]
-        lines.append([row["label"], row["seed"], len(H), f"{H[0]:.2f}", f"{min(H):.2f}", *means])
+        label = row["label"].removeprefix("sums: ").removeprefix("sums, ")
+        lines.append([label, row["seed"], len(H), f"{H[0]:.2f}", f"{min(H):.2f}", *means])
     header = ["run", "seed", "steps", "H, first", "lowest", "last 8"]
     header += ["T", "reward", "other", "hot, right", "hot, other"]
     return report.markdown(header, lines)
 
 
 def draw(path: Path) -> None:
-    """A panel a run: the entropy (a line a seed) and, dotted, its target; reward in grey."""
+    """A panel a label: the entropy, a line a seed, and its target, dotted; the reward in grey."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
-    shown = cells()
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 3.2), sharey=True, layout="constrained")
-    for axis, (label, rows) in zip(axes, shown.items(), strict=True):
-        for k, row in enumerate(rows):
-            axis.plot(row["reward"], color="silver", lw=0.8, label="reward" if k == 0 else None)
-            axis.plot(row["entropy"], color=f"C{k}", lw=1.2, label=f"entropy, seed {row['seed']}")
-        if label != "GRPO":
+    shown = {label: rows for label, rows in cells().items() if len(rows) > 1}
+    size = {"figsize": (3.4 * len(shown), 3.2), "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(shown), **size, layout="constrained")
+    for axis, (label, rows) in zip(axes[0], shown.items(), strict=True):
+        for row in rows:
+            axis.plot(row["reward"], color="silver", lw=0.8, label=None if row["seed"] else "reward")
+            axis.plot(row["entropy"], color=f"C{row['seed']}", lw=1.2, label=f"entropy, seed {row['seed']}")
+        if "H0" in label:
             axis.axhline(rows[0]["target"], color="black", lw=0.8, ls=":")
         axis.set(title=label, xlabel="step", ylim=(0, 3))
-    axes[0].set(ylabel="nats a token; reward")
-    axes[0].legend(fontsize=8)
+    axes[0, 0].set(ylabel="nats a token; reward")
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -316,18 +350,21 @@ def draw(path: Path) -> None:
 def main() -> None:
     """One run, or the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", nargs="?", help="the pretrained model, or the collapsed one; none: the tables and the figure")
+    parser.add_argument("model", nargs="?", help="the pretrained model, or the collapsed one; none: tables and figure")
     parser.add_argument("label", nargs="?", choices=EXPERIMENT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="a new folder for the policy at the end")
     parser.add_argument("--probe", action="store_true", help="of the model's gradients, instead of a run")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.model is None:
+        print(comparison(), answers(), sums_table(), sep="\n", end="")
+        return draw(FOLDER / "figures" / "pretrained.png")
     if args.probe:
         return probe(args.model, args.seed)
-    if args.label is None:
-        draw(FOLDER / "figures" / "pretrained.png")
-        return print(comparison(), samples(), table(), sep="\n", end="")
+    known = [(row["label"], row["seed"]) for sums in (True, False) for row in read_rows(sums)]
+    if args.label is None or (args.label, args.seed) in known or (args.save and args.save.exists()):
+        parser.error("needs a label with a seed that has no row yet, and for --save a folder that does not exist")
     row = one_run(args.model, args.label, args.seed, args.save)
     with open(ROWS, "a") as file:
         file.write(json.dumps(row) + "\n")

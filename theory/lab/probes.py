@@ -241,15 +241,13 @@ def one_step(run: train.Run) -> dict[str, float]:
 
 
 def loop_table() -> str:
-    """A line a run of closed_loop that was kept: H, and the parts in 1e-4 nats a step, mean ± 2 standard errors."""
-    lines = []
+    """A line a run of closed_loop that was kept: H and T; the parts in 1e-4 nats a step, mean ± 2 standard errors."""
+    lines, names = [], ("first", "curvature", "fixed", "visiting")
     for row in map(json.loads, LOOPS.read_text().splitlines()):
-        values = np.array(list(row["steps"].values())).T  # [steps, columns]
-        mean, error = values.mean(0), two_errors(values)
-        parts = [f"{1e4 * m:+.1f} ± {1e4 * e:.1f}" for m, e in zip(mean[2:], error[2:], strict=True)]
-        lines.append([row["label"], len(values), f"{mean[0]:.3f}", f"{mean[1]:.2f}", *parts])
-    header = ["goes on from", "steps", "H", "T", "first order", "curvature", "both", "visiting"]
-    return report.markdown(header, lines)
+        steps = {name: np.array(values) for name, values in row["steps"].items()}
+        parts = [f"{1e4 * steps[n].mean():+.1f} ± {1e4 * two_errors(steps[n]):.1f}" for n in names]
+        lines.append([row["label"], len(steps["H"]), f"{steps['H'].mean():.3f}", f"{steps['T'].mean():.2f}", *parts])
+    return report.markdown(["goes on from; with", "steps", "H", "T", *names], lines)
 
 
 def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:

@@ -606,10 +606,11 @@ def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp
     train.write_whole(tmp_path / "run" / "config.json", vars(run.config))
     train.train(run)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    arguments = probes.argparse.Namespace(output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean", label="two")
+    arguments = probes.argparse.Namespace(output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean", label="two", algorithm="grpo")
     monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
     probes.closed_loop(arguments, [])
     assert probes.loop_table().splitlines()[-1].startswith("| two | 2 | ")
+    assert set(json.loads(probes.LOOPS.read_text())["steps"]["T"]) == {1}  # GRPO's, of a run of SCOPE
     assert "over 2 steps" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert (tmp_path / "mean" / "model.safetensors").exists()
@@ -716,24 +717,67 @@ def test_the_tables_of_the_pretrained_model_are_means_of_the_last_fifth(tmp_path
         {"label": "SCOPE, H0 0.5", "seed": seed, "texts": [["a|b"], [f"of {seed}"]], **rest, **steps}
         | {"entropy": [2.0] * 8 + end} for seed, end in ends.items()
     ]  # fmt: skip
+    grpo = {"before": {"pass@1": 0.0}, "after": {"pass@1": 0.25, "distinct_correct": 2.0}}
+    rows += [
+        row | {"label": "GRPO", "entropy": [2.0] * 8 + [row["entropy"][-1] - 0.3] * 2, "evaluations": grpo}
+        for row in rows
+    ]
     monkeypatch.setattr(pretrained, "ROWS", tmp_path / "rows.jsonl")
     pretrained.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cells = [cell.split(" ±")[0] for cell in pretrained.comparison().splitlines()[-1].strip("| ").split(" | ")]
-    assert cells[:2] == ["SCOPE, H0 0.5", "2"]
-    assert [float(cell) for cell in cells[2:]] == pytest.approx([2, 0.65, 0.2, 1, 0.1, 0.5, 0.25, 3], abs=0.1)
+    cells = pretrained.comparison().splitlines()[-1].strip("| ").split(" | ")
+    assert cells[0] == "SCOPE, H0 0.5" and cells[2] == "0.80, 0.50"
+    expected = [2, 0.65, 0.2, 0.35, 1.0, 1, 0.1, 0.5, 0.25, 3]
+    shown = [float(cell.split(" ±")[0]) for cell in (cells[1], *cells[3:])]
+    assert shown == pytest.approx(expected, abs=0.051)
     assert pretrained.last_fifth(rows[0])["distance"] == pytest.approx(0.1)
     assert pretrained.last_fifth(rows[1])["distance"] == pytest.approx(0.3)
-    assert pretrained.answers().splitlines()[2:] == ["| before | `a/b` |", "| SCOPE, H0 0.5 | `of 0` |"]
+    assert pretrained.answers().splitlines()[2:] == [
+        "| before | `a/b` |",
+        "| GRPO | `of 0` |",
+        "| SCOPE, H0 0.5 | `of 0` |",
+    ]
 
 
 def test_the_page_shows_the_rows_of_the_pretrained_model():
     page = (THEORY / "lab" / "README.md").read_text()
-    for shown in (pretrained.comparison(), pretrained.answers(), pretrained.sums_table()):
+    for shown in (pretrained.comparison(), pretrained.hot_samples(), pretrained.answers(), pretrained.sums_table()):
         assert shown in page
     for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
         if not row["label"].startswith("sums, stopped"):
             assert row["options"] == pretrained.EXPERIMENT[row["label"]]
             assert row["settings"] == pretrained.settings(row["options"])
+
+
+def test_what_the_pages_say_of_the_pretrained_model():
+    """The numbers of the prose, from the rows."""
+    last = {label: [pretrained.last_fifth(row) for row in cell] for label, cell in pretrained.cells().items()}
+    grpo, half, high = (last[label] for label in ("GRPO", "SCOPE, H0 0.5", "SCOPE, H0 0.8"))
+
+    def shown(values, sign="", digits=2):
+        mean, error = report.interval(values)
+        return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}".replace("0.", ".")
+
+    def gain(rows, name, **form):
+        return shown([row[name] - other[name] for row, other in zip(rows, grpo, strict=True)], **form)
+
+    at_rest = [np.array(row["entropy"][-9:]) for row in pretrained.cells()["GRPO"]]
+    noise = np.mean([np.abs(H - H.mean()).mean() for H in at_rest])
+    lowest = [min(row["entropy"][:30]) for label in last if "SCOPE, H0" in label for row in pretrained.cells()[label]]
+    both = [(THEORY.parent / "README.md").read_text(), (THEORY / "lab" / "README.md").read_text()]
+    for said, pages in (
+        (shown([row["entropy"] for row in grpo]), both),
+        (shown([row["entropy"] for row in half]), both),
+        (shown([row["entropy"] for row in high]), both),
+        (f"GRPO ({gain(half, 'entropy', sign='+')})", both[:1]),
+        (f"by three seeds ({gain(half, 'entropy', sign='+')})", both[1:]),
+        (f"{gain(high, 'entropy')} nats above GRPO", both[:1]),
+        (f"each seed**, by {gain(high, 'entropy')}", both[1:]),
+        (f"{gain(high, 'distinct_correct', digits=1)} more distinct right answers", both),
+        (f"at 0.5 is {np.mean([row['distance'] for row in half]):.3f}".replace("0.0", ".0"), both[1:]),
+        (f"at rest, {noise:.2f}".replace("0.", "."), both[1:]),
+        (f"to {min(lowest):.2f} to {max(lowest):.2f}".replace("0.", "."), both[1:]),
+    ):
+        assert all(said in " ".join(page.split()) for page in pages), said
 
 
 def test_the_closed_loop_s_table_is_in_ten_thousandths_of_a_nat(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ the same but for rounding.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import zlib
@@ -219,6 +220,7 @@ def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict
 
 
 UPDATE, SAMPLE = train.update, train.sample
+BEYOND = ("entropy", "distinct_correct")  # what is compared with GRPO's, seed by seed
 KEPT = (
     "reward", "entropy", "scope_temperature", "completion_length", "truncated_frac", "grad_norm", "other",
     "aux_right", "aux_other", "grpo_first", "scope_first",
@@ -280,26 +282,35 @@ def last_fifth(row: dict) -> dict[str, float]:
 
 
 def comparison() -> str:
-    """The controllers on numbers between two others: means over the seeds."""
-    columns = (
-        "first",
-        "entropy",
-        "distance",
-        "scope_temperature",
-        "first reward",
-        "reward",
-        "pass@1",
-        "distinct_correct",
-    )
-    lines = []
-    for label, rows in cells().items():
-        values = [last_fifth(row) for row in rows]
-        shown = [report.show([v[name] for v in values]) for name in columns]
+    """The controllers on numbers between two others: means over the seeds, the entropy of each seed, and
+    what it and the distinct right answers are beyond GRPO's of the same seed."""
+    names = ("scope_temperature", "first reward", "reward", "pass@1", "distinct_correct")
+    lines, values = [], {label: {row["seed"]: last_fifth(row) for row in rows} for label, rows in cells().items()}
+    base = values.get("GRPO", {})
+    for label, cell in values.items():
+        H = [v["entropy"] for v in cell.values()]
+        line = [report.show([v["first"] for v in cell.values()]), ", ".join(f"{x:.2f}" for x in H), report.show(H)]
+        gains = [[v[name] - base[seed][name] for seed, v in cell.items() if seed in base] for name in BEYOND]
+        line += [report.show([v["distance"] for v in cell.values()]), *(report.show(gain, "+") for gain in gains)]
         if label == "GRPO":
-            shown[2] = ""
-        lines.append([label, len(rows), *shown])
-    header = ["run", "seeds", "H, first", "H, last fifth", "mean of abs(H - H0)", "T", "reward, first", "last fifth"]
-    return report.markdown([*header, "Pass@1", "distinct right"], lines)
+            line[-3:] = ["", "", ""]
+        lines.append([label, *line, *(report.show([v[name] for v in cell.values()]) for name in names)])
+    header = ["run", "H, first", "last fifth, of each seed", "mean", "mean of abs(H - H0)", "H minus GRPO's"]
+    header += ["distinct right minus GRPO's", "T", "reward, first", "last fifth", "Pass@1", "distinct right"]
+    return report.markdown(header, lines)
+
+
+def hot_samples() -> str:
+    """How many auxiliary samples are right at a temperature, over SCOPE's runs from step 15 on."""
+    rows = [row for label, rows in cells().items() if label.startswith("SCOPE, H0") for row in rows]
+    columns = ("scope_temperature", "aux_right", "aux_other")
+    T, right, other = (np.concatenate([row[name][14:] for row in rows] or [[]]) for name in columns)
+    lines, edges = [], (0.9, 1.05, 1.3, 1.55, 1.74, 1.76)
+    for low, high in itertools.pairwise(edges):
+        steps = (low <= T) & (high > T)
+        shares = [f"{share[steps].mean():.2f}" if steps.any() else "" for share in (right, other)]
+        lines.append([f"{low} to {high}" if high < 1.75 else "1.75", steps.sum(), *shares])
+    return report.markdown(["T", "steps", "right", "right, and not the usual answer"], lines)
 
 
 def answers() -> str:
@@ -339,7 +350,7 @@ def draw(path: Path) -> None:
             axis.plot(row["reward"], color="silver", lw=0.8, label=None if row["seed"] else "reward")
             axis.plot(row["entropy"], color=f"C{row['seed']}", lw=1.2, label=f"entropy, seed {row['seed']}")
         if "H0" in label:
-            axis.axhline(rows[0]["target"], color="black", lw=0.8, ls=":")
+            axis.axhline(rows[0]["target"], color="black", lw=1.2, ls=":", zorder=3)
         axis.set(title=label, xlabel="step", ylim=(0, 3))
     axes[0, 0].set(ylabel="nats a token; reward")
     axes[0, 0].legend(fontsize=8)
@@ -358,7 +369,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.model is None:
-        print(comparison(), answers(), sums_table(), sep="\n", end="")
+        print(comparison(), hot_samples(), answers(), sums_table(), sep="\n", end="")
         return draw(FOLDER / "figures" / "pretrained.png")
     if args.probe:
         return probe(args.model, args.seed)

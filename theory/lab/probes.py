@@ -60,12 +60,16 @@ SAMPLES = 2048  # of the policy, for each step looked at
 
 
 # --- What both need
-def set_up(rest: list[str], resumed: Path | None = None) -> train.Run:
-    """A run of train.py with these options, in a temporary folder; a copy of `resumed` goes on."""
+def set_up(rest: list[str], resumed: Path | None = None, algorithm: str | None = None) -> train.Run:
+    """A run of train.py with these options, in a temporary folder; a copy of `resumed` goes on, maybe
+    with another algorithm, which train.py itself would refuse."""
     with tempfile.TemporaryDirectory() as folder:
         if resumed is not None:
-            for name in ("config.json", "checkpoint.pt", "metrics.jsonl"):
+            for name in ("checkpoint.pt", "metrics.jsonl"):
                 shutil.copy(resumed / name, folder)
+            config = json.loads((resumed / "config.json").read_text())
+            config["algorithm"] = algorithm or config["algorithm"]
+            (Path(folder) / "config.json").write_text(json.dumps(config))
             rest = ["--resume", *rest]
         return train.set_up(train.parse_config([*rest, "--output_dir", folder]))
 
@@ -252,7 +256,7 @@ def loop_table() -> str:
 
 def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
     """Go on with the run; print the parts as means a step, and keep them under a label."""
-    run = set_up(rest, args.output_dir)
+    run = set_up(rest, args.output_dir, args.algorithm)
     total, rows = 0.0, []
     for _ in tqdm(range(args.steps)):
         rows.append(one_step(run))
@@ -287,6 +291,7 @@ def main() -> None:
     loop.set_defaults(command=closed_loop)
     loop.add_argument("output_dir", type=Path, help="of a run of train.py, with its checkpoint")
     loop.add_argument("--steps", type=int, default=60)
+    loop.add_argument("--algorithm", choices=("scope", "grpo"), help="another than the run's")
     loop.add_argument("--label", help="append the steps to loops.jsonl under it")
     loop.add_argument("--save", type=Path, help="a folder for the mean weights")
     args, rest = parser.parse_known_args()

@@ -762,7 +762,10 @@ def test_what_the_pages_say_of_the_pretrained_model():
 
     at_rest = [np.array(row["entropy"][-9:]) for row in pretrained.cells()["GRPO"]]
     noise = np.mean([np.abs(H - H.mean()).mean() for H in at_rest])
-    lowest = [min(row["entropy"][:30]) for label in last if "SCOPE, H0" in label for row in pretrained.cells()[label]]
+    courses = [np.array(row["entropy"]) for row in pretrained.cells()["SCOPE, H0 0.8"]]
+    lowest = [H[:30].min() for H in courses]
+    before = [f"{H[-18:-9].mean():.2f}".replace("0.", ".") for H in courses]
+    published = gain(last["SCOPE, all published"], "entropy", sign="+")
     both = [(THEORY.parent / "README.md").read_text(), (THEORY / "lab" / "README.md").read_text()]
     for said, pages in (
         (shown([row["entropy"] for row in grpo]), both),
@@ -774,7 +777,10 @@ def test_what_the_pages_say_of_the_pretrained_model():
         (f"each seed**, by {gain(high, 'entropy')}", both[1:]),
         (f"{gain(high, 'distinct_correct', digits=1)} more distinct right answers", both),
         (f"at 0.5 is {np.mean([row['distance'] for row in half]):.3f}".replace("0.0", ".0"), both[1:]),
-        (f"at rest, {noise:.2f}".replace("0.", "."), both[1:]),
+        (f"last fifth by {noise:.2f}".replace("0.", "."), both[1:]),
+        (f"last fifth, {before[0]}, {before[1]} and {before[2]} in the fifth before", both[1:]),
+        (f"not told from GRPO ({published})", both[1:]),
+        (shown([row["entropy"] for row in last["stepwise bonus, H0 0.5"]]), both[1:]),
         (f"to {min(lowest):.2f} to {max(lowest):.2f}".replace("0.", "."), both[1:]),
     ):
         assert all(said in " ".join(page.split()) for page in pages), said

@@ -606,7 +606,9 @@ def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp
     train.write_whole(tmp_path / "run" / "config.json", vars(run.config))
     train.train(run)
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    arguments = probes.argparse.Namespace(output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean", label="two", algorithm="grpo")
+    arguments = probes.argparse.Namespace(
+        output_dir=tmp_path / "run", steps=2, save=tmp_path / "mean", label="two", algorithm="grpo"
+    )
     monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
     probes.closed_loop(arguments, [])
     assert probes.loop_table().splitlines()[-1].startswith("| two | 2 | ")

@@ -113,7 +113,7 @@ def test_the_questions_that_everyone_asks_are_answered_with_these_numbers(monkey
     held = {w: (last_fifth("alpha", label, "entropy") - end) / (0.4 - end) for w, label in (
         ("1/16", "share 1/4, weight 1/16"), ("1/4", "share and weight 1/4"), ("1", "share 1/4, weight 1"),
     )}  # fmt: skip
-    assert held["1/16"] < 0.2
+    assert held["1/16"] == pytest.approx(1 / 5, abs=0.05)
     assert held["1/4"] == pytest.approx(2 / 3, abs=0.05)
     assert held["1"] == pytest.approx(1, abs=0.02)
     cells = report.cells_of("alpha")

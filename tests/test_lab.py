@@ -702,7 +702,8 @@ def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path,
     usual = rollout.score, rollout.Sampler, train.update, train.sample, scope_rl.objective_table, scope_rl.scope_loss
     row = pretrained.one_run(str(model_folder), "short", 1, tmp_path / "end")
     now = rollout.score, rollout.Sampler, train.update, train.sample, scope_rl.objective_table, scope_rl.scope_loss
-    assert usual == now and row["settings"] == pretrained.settings(options)
+    config = train.parse_config([*pretrained.parts(options)[2], "--output_dir", "x"])
+    assert usual == now and row["settings"] == pretrained.settings(config)
     assert {len(row[name]) for name in pretrained.KEPT} == {3}
     assert (tmp_path / "end" / "model.safetensors").exists() and not list((tmp_path / "work").iterdir())
     assert min(row["scope_temperature"]) >= 1.2
@@ -747,7 +748,8 @@ def test_the_page_shows_the_rows_of_the_pretrained_model():
     for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
         if not row["label"].startswith("sums, stopped"):
             assert row["options"] == pretrained.EXPERIMENT[row["label"]]
-            assert row["settings"] == pretrained.settings(row["options"])
+            config = train.parse_config([*pretrained.parts(row["options"])[2], "--output_dir", "x"])
+            assert row["settings"] == pretrained.settings(config)
 
 
 def test_what_the_pages_say_of_the_pretrained_model():

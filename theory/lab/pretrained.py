@@ -85,9 +85,8 @@ def parts(options: str) -> tuple[experiments.Variant, int, list[str]]:
     return type("Changed", tuple(kinds) or (experiments.Variant,), {})(), top_k, common + words
 
 
-def settings(options: str) -> dict:
-    """What a label's config says, but for files and the seed: a row keeps it, as presets change."""
-    config = train.parse_config([*parts(options)[2], "--output_dir", "none"])
+def settings(config: train.Config) -> dict:
+    """What a config says, but for files and the seed: a row keeps it, as presets change."""
     return {name: value for name, value in vars(config).items() if name not in ("model", "task", "output_dir", "seed")}
 
 
@@ -214,7 +213,7 @@ def one_run(model: str, label: str, seed: int, save: Path | None = None) -> dict
     steps = [step | noted for step, noted in zip(steps, notes, strict=True)]
     shutil.rmtree(folder)
     row = {"label": label, "options": EXPERIMENT[label], "seed": seed, "target": run.config.scope_target_entropy}
-    row["settings"] = settings(EXPERIMENT[label])
+    row["settings"] = settings(run.config)
     row |= {name: [round(step[name], 4) for step in steps] for name in KEPT if name in steps[0]}
     return row | {"evaluations": run.evaluations, "question": [p.question for p in run.task.test[:1]], "texts": shown}
 
@@ -259,16 +258,15 @@ def probe(model: str, seed: int) -> None:
 
 
 # --- Tables and the figure
-def read_rows(sums: bool) -> list[dict]:
-    """The rows of one of the two tasks."""
-    rows = map(json.loads, ROWS.read_text().splitlines())
-    return [row for row in rows if row["label"].startswith("sums") == sums]
+def read_rows() -> list[dict]:
+    """The rows of both tasks."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
 def cells() -> dict[str, list[dict]]:
     """Label -> its rows by seed, of numbers between two others."""
-    rows = sorted(read_rows(sums=False), key=lambda row: row["seed"])
-    known = {label: [row for row in rows if row["label"] == label] for label in EXPERIMENT}
+    rows, labels = sorted(read_rows(), key=lambda row: row["seed"]), [x for x in EXPERIMENT if not x.startswith("sums")]
+    known = {label: [row for row in rows if row["label"] == label] for label in labels}
     return {label: cell for label, cell in known.items() if cell}
 
 
@@ -327,7 +325,7 @@ def answers() -> str:
 def sums_table() -> str:
     """A line a row of the sums: the entropy first, lowest and at the end; means of the last eight steps."""
     lines = []
-    for row in read_rows(sums=True):
+    for row in (row for row in read_rows() if row["label"].startswith("sums")):
         H = row["entropy"]
         names = ("entropy", "scope_temperature", "reward", "other", "aux_right", "aux_other")
         means = [f"{np.mean(row[name][-8:]):.2f}" if name in row else "" for name in names]
@@ -373,7 +371,7 @@ def main() -> None:
         return draw(FOLDER / "figures" / "pretrained.png")
     if args.probe:
         return probe(args.model, args.seed)
-    known = [(row["label"], row["seed"]) for sums in (True, False) for row in read_rows(sums)]
+    known = [(row["label"], row["seed"]) for row in read_rows()]
     if args.label is None or (args.label, args.seed) in known or (args.save and args.save.exists()):
         parser.error("needs a label with a seed that has no row yet, and for --save a folder that does not exist")
     row = one_run(args.model, args.label, args.seed, args.save)

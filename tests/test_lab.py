@@ -1,5 +1,6 @@
 """theory/lab: the experiments, their variants, the statistics, the documents, and both probes."""
 
+import itertools
 import json
 import math
 import re
@@ -384,11 +385,26 @@ def test_the_documents_show_what_the_rows_say():
     assert report.shown_rivals() in page
     assert report.lead() in page
     assert report.shown_moving() in page
-    assert all(report.shown_test(name) in page for name in ("cooling", "weak"))
+    assert all(report.shown_test(name) in page for name in ("cooling", "weak", "dr_grpo"))
     top = (THEORY.parent / "README.md").read_text()
     assert report.shown_results() in top
     assert "| PI on the bonus | 8 | 18 of 24 | +0.019 ± 0.017 |" in page
     assert "by .019 ± .017 (eight seeds, targets 0.3, 0.4, 0.5)" in top
+
+
+def test_what_readme_says_of_benefit_and_cost_are_differences_of_pairs():
+    top = " ".join((THEORY.parent / "README.md").read_text().split()).replace(" .", " 0.")
+    cells = report.cells_of("control")
+
+    def gains(name, sign):
+        pairs = [(cells["GRPO"], cells[f"SCOPE, with integral, H0 {H0}"]) for H0 in report.TARGETS]
+        return [report.show([sign * (scope[s][name] - grpo[s][name]) for s in range(8)]) for grpo, scope in pairs]
+
+    more, less = gains("distinct_correct", 1), gains("reward", -1)
+    assert f"{more[0]}, {more[1]} and {more[2]} more a problem (eight pairs" in top
+    shown = [f"{float(mean):.3f} ± {float(half):.3f}" for mean, half in (cell.split(" ± ") for cell in less)]
+    assert f"lower, by {shown[0]}, {shown[1]} and {shown[2]} (the same pairs)" in top
+    assert f"(at 0.3: +{gains('pass@1', 1)[0]})" in top.replace("+.", "+0.")
 
 
 def test_what_the_page_says_of_the_rivals_beyond_its_tables():
@@ -710,6 +726,24 @@ def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path,
     assert [len(texts) for texts in row["texts"]] == [64, 64] and set(row["evaluations"]) == {"before", "after"}
 
 
+def test_the_noise_of_a_step_is_its_mean_distance_from_their_mean(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "WORK", tmp_path / "work")
+    task = Path(train.TINY) / "countdown.py"
+    monkeypatch.setattr(pretrained, "COMMON", f"--preset tiny --num_generations 4 --task {task}")
+    sizes, entropies = [], itertools.cycle([0.4, 0.6])
+
+    def draw(run, problems, count, T):
+        sizes.append((len(problems), count, T))
+        samples = types.SimpleNamespace(entropies=torch.full((count, 2), next(entropies)))
+        samples.completion_mask = torch.ones(count, 2, dtype=torch.bool)
+        return samples, None
+
+    monkeypatch.setattr(probes, "draw", draw)
+    pretrained.noise(str(model_folder), steps=4)
+    assert sizes == [(12, 48, 1.0)] * 4 + [(32, 128, 1.0)] * 4
+    assert capsys.readouterr().out.splitlines()[-2:] == ["| 12 | 0.500 | 0.100 |", "| 32 | 0.500 | 0.100 |"]
+
+
 def test_the_tables_of_the_pretrained_model_are_means_of_the_last_fifth(tmp_path, monkeypatch):
     steps = {name: [1.0] * 10 for name in pretrained.KEPT} | {"reward": [0.1] + [0.5] * 9}
     evaluations = {"before": {"pass@1": 0.0}, "after": {"pass@1": 0.25, "distinct_correct": 3.0}}
@@ -734,6 +768,7 @@ def test_the_tables_of_the_pretrained_model_are_means_of_the_last_fifth(tmp_path
     assert shown == pytest.approx(expected, abs=0.051)
     assert pretrained.last_fifth(rows[0])["distance"] == pytest.approx(0.1)
     assert pretrained.last_fifth(rows[1])["distance"] == pytest.approx(0.3)
+    assert not pretrained.comparison("32 prompts").splitlines()[2:]  # the other group has no rows here
     assert pretrained.answers().splitlines()[2:] == [
         "| before | `a/b` |",
         "| GRPO | `of 0` |",
@@ -743,7 +778,8 @@ def test_the_tables_of_the_pretrained_model_are_means_of_the_last_fifth(tmp_path
 
 def test_the_page_shows_the_rows_of_the_pretrained_model():
     page = (THEORY / "lab" / "README.md").read_text()
-    for shown in (pretrained.comparison(), pretrained.hot_samples(), pretrained.answers(), pretrained.sums_table()):
+    tables = [table(group) for table in (pretrained.comparison, pretrained.answers) for group in pretrained.GROUPS]
+    for shown in (*tables, pretrained.hot_samples(), pretrained.sums_table()):
         assert shown in page
     for row in map(json.loads, pretrained.ROWS.read_text().splitlines()):
         if not row["label"].startswith("sums, stopped"):

@@ -47,15 +47,20 @@ HALF = (
     "--scope_target_entropy 0.5 --scope_alpha 0.25 --scope_weight 1 --scope_temperature_min 1 --scope_gain 2"
     " --scope_integral_gain 0"
 )
+LARGER = "--generation_batch_size 128 --num_mini_batches 4 --learning_rate 5e-6 --max_steps 60"
+GROUPS = ("", "32 prompts")  # of runs on numbers between two others: 12 prompts a step, and more
 SLOW = "--warmup_steps 3 --learning_rate 5e-6"
 LIKELY = "@sums @top_k=5 @mean_over_positives"
 # Label -> options for train.py; before them, with @, the task, top_k (see NotingSampler) and experiments.VARIANTS.
+# Before a label's colon stands the group of runs it is compared in.
 EXPERIMENT = {
     "GRPO": "--algorithm grpo",
     "SCOPE, all published": f"{experiments.PUBLISHED} {experiments.alpha(1 / 64, 1 / 64)}",
     **{f"SCOPE, H0 {H}": experiments.target(H) for H in (0.5, 0.8)},
     **{f"SCOPE, H0 {H}, gain 1": f"{experiments.target(H)} --scope_gain 1" for H in (0.5, 0.8)},
     "stepwise bonus, H0 0.5": f"{experiments.RIVALS['stepwise bonus']} {experiments.target(0.5)}",
+    "32 prompts: GRPO": f"{LARGER} --algorithm grpo",
+    **{f"32 prompts: SCOPE, H0 {H}": f"{LARGER} --scope_integral_gain 0.1 {experiments.target(H)}" for H in (0.6, 0.8)},
     "sums: GRPO": "@sums --max_steps 24 --algorithm grpo",
     "sums: SCOPE, T up to 1.5": f"@sums --max_steps 24 {HALF} --scope_temperature_max 1.5",
     "sums: SCOPE, top 20, T up to 3": f"@sums @top_k=20 --max_steps 30 {HALF} --scope_temperature_max 3",
@@ -257,17 +262,35 @@ def probe(model: str, seed: int) -> None:
             print(f"| {name} | {real[0]:+.2f} | {real[1]:+.2f} | {predicted:+.4f} |", flush=True)
 
 
+def noise(model: str, steps: int = 16) -> None:
+    """Print, for 12 and for 32 prompts a step, the mean of H over steps at the very same weights, and how far
+    one step's lies from it on average: so much of |H - H0| no rule can remove."""
+    run = train.set_up(train.parse_config(f"{COMMON} --model {model} --output_dir {WORK / 'none'}".split()))
+    shutil.rmtree(WORK / "none")
+    torch.manual_seed(0)
+    for prompts in (12, 32):
+        problems, H = itertools.cycle(run.task.train), []
+        for _ in range(steps):
+            own = list(itertools.islice(problems, prompts))
+            samples, _ = probes.draw(run, own, prompts * run.config.num_generations, 1.0)
+            H.append(masked_mean(samples.entropies, samples.completion_mask).item())
+        print(f"| {prompts} | {np.mean(H):.3f} | {np.abs(np.array(H) - np.mean(H)).mean():.3f} |", flush=True)
+
+
 # --- Tables and the figure
 def read_rows() -> list[dict]:
     """The rows of both tasks."""
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
-def cells() -> dict[str, list[dict]]:
-    """Label -> its rows by seed, of numbers between two others."""
-    rows, labels = sorted(read_rows(), key=lambda row: row["seed"]), [x for x in EXPERIMENT if not x.startswith("sums")]
-    known = {label: [row for row in rows if row["label"] == label] for label in labels}
-    return {label: cell for label, cell in known.items() if cell}
+def cells(group: str = "") -> dict[str, list[dict]]:
+    """Label without its group -> its rows by seed; no group: numbers between two others, 12 prompts a step."""
+    rows, known = sorted(read_rows(), key=lambda row: row["seed"]), {}
+    for label in EXPERIMENT:
+        own, _, name = label.rpartition(": ")
+        if own == group:
+            known[name] = [row for row in rows if row["label"] == label]
+    return {name: cell for name, cell in known.items() if cell}
 
 
 def last_fifth(row: dict) -> dict[str, float]:
@@ -279,11 +302,11 @@ def last_fifth(row: dict) -> dict[str, float]:
     return values | row["evaluations"]["after"]
 
 
-def comparison() -> str:
+def comparison(group: str = "") -> str:
     """The controllers on numbers between two others: means over the seeds, the entropy of each seed, and
     what it and the distinct right answers are beyond GRPO's of the same seed."""
     names = ("scope_temperature", "first reward", "reward", "pass@1", "distinct_correct")
-    lines, values = [], {label: {row["seed"]: last_fifth(row) for row in rows} for label, rows in cells().items()}
+    lines, values = [], {label: {row["seed"]: last_fifth(row) for row in rows} for label, rows in cells(group).items()}
     base = values.get("GRPO", {})
     for label, cell in values.items():
         H = [v["entropy"] for v in cell.values()]
@@ -311,15 +334,17 @@ def hot_samples() -> str:
     return report.markdown(["T", "steps", "right", "right, and not the usual answer"], lines)
 
 
-def answers() -> str:
+def answers(group: str = "") -> str:
     """What seed 0 of each run answers to the first test question before and after."""
-    rows = [row for cell in cells().values() for row in cell if row["seed"] == 0]
-    shown = [("before", rows[0]["texts"][0]), *((row["label"], row["texts"][-1]) for row in rows)] if rows else []
+    own = {label: row for label, cell in cells(group).items() for row in cell if row["seed"] == 0}
+    shown = [("before", row["texts"][0]) for row in [*own.values()][:1]]
+    shown += [(label, row["texts"][-1]) for label, row in own.items()]
     lines = [
         [label, " ".join(f"`{' '.join(text.replace('|', '/').replace('`', ' ').split())}`" for text in texts)]
         for label, texts in shown
     ]
-    return report.markdown(["run", "answers to: " + "".join(rows[0]["question"] if rows else [])], lines)
+    questions = {question for row in own.values() for question in row["question"]}  # the same one in all
+    return report.markdown(["run", "answers to: " + "".join(questions)], lines)
 
 
 def sums_table() -> str:
@@ -340,17 +365,22 @@ def draw(path: Path) -> None:
     """A panel a label: the entropy, a line a seed, and its target, dotted; the reward in grey."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
-    shown = {label: rows for label, rows in cells().items() if len(rows) > 1}
-    size = {"figsize": (3.4 * len(shown), 3.2), "sharey": True, "squeeze": False}
-    figure, axes = plt.subplots(1, len(shown), **size, layout="constrained")
-    for axis, (label, rows) in zip(axes[0], shown.items(), strict=True):
-        for row in rows:
-            axis.plot(row["reward"], color="silver", lw=0.8, label=None if row["seed"] else "reward")
-            axis.plot(row["entropy"], color=f"C{row['seed']}", lw=1.2, label=f"entropy, seed {row['seed']}")
-        if "H0" in label:
-            axis.axhline(rows[0]["target"], color="black", lw=1.2, ls=":", zorder=3)
-        axis.set(title=label, xlabel="step", ylim=(0, 3))
-    axes[0, 0].set(ylabel="nats a token; reward")
+    panels = [[cell for cell in cells(group).items() if len(cell[1]) > 1] for group in GROUPS]
+    panels = [own for own in panels if own]
+    columns = max(map(len, panels))
+    size = {"figsize": (3.4 * columns, 3.2 * len(panels)), "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(len(panels), columns, **size, layout="constrained")
+    for line, own in zip(axes, panels, strict=True):
+        for axis in line[len(own) :]:
+            axis.axis("off")
+        for axis, (label, rows) in zip(line, own, strict=False):
+            for row in rows:
+                axis.plot(row["reward"], color="silver", lw=0.8, label=None if row["seed"] else "reward")
+                axis.plot(row["entropy"], color=f"C{row['seed']}", lw=1.2, label=f"entropy, seed {row['seed']}")
+            if "H0" in label:
+                axis.axhline(rows[0]["target"], color="black", lw=1.2, ls=":", zorder=3)
+            axis.set(title=label, xlabel="step", ylim=(0, 3))
+        line[0].set(ylabel="nats a token; reward")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -364,13 +394,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="a new folder for the policy at the end")
     parser.add_argument("--probe", action="store_true", help="of the model's gradients, instead of a run")
+    parser.add_argument("--noise", action="store_true", help="of one step's H at the model's weights, instead of a run")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.model is None:
-        print(comparison(), hot_samples(), answers(), sums_table(), sep="\n", end="")
+        tables = [comparison(), hot_samples(), answers(), comparison(GROUPS[1]), answers(GROUPS[1]), sums_table()]
+        print(*tables, sep="\n", end="")
         return draw(FOLDER / "figures" / "pretrained.png")
     if args.probe:
         return probe(args.model, args.seed)
+    if args.noise:
+        return noise(args.model)
     known = [(row["label"], row["seed"]) for row in read_rows()]
     if args.label is None or (args.label, args.seed) in known or (args.save and args.save.exists()):
         parser.error("needs a label with a seed that has no row yet, and for --save a folder that does not exist")

@@ -337,7 +337,8 @@ def draw_tests(path: Path) -> None:
 
     order = list(experiments.EXPERIMENTS["cooling"])  # a colour for each
     tests = {"moving": "moving target", "cooling": "cooling: sums, target 0.2", "weak": "a weaker start, target 0.4"}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    tests["dr_grpo"] = "no standard deviation, target 0.4"
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
     for axis, (name, title) in zip(axes, tests.items(), strict=True):
         for label, cell in cells_of(name).items():
             for k, row in enumerate(cell.values()):

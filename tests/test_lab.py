@@ -816,7 +816,7 @@ def test_what_the_pages_say_of_the_pretrained_model():
         (f"{gain(high, 'entropy')} nats above GRPO", both[:1]),
         (f"each seed**, by {gain(high, 'entropy')}", both[1:]),
         (f"{gain(high, 'distinct_correct', digits=1)} more distinct right answers", both),
-        (f"at 0.5 is {np.mean([row['distance'] for row in half]):.3f}".replace("0.0", ".0"), both[1:]),
+        (f"which is {np.mean([row['distance'] for row in half]):.3f} at 0.5".replace("0.0", ".0"), both[1:]),
         (f"last fifth by {noise:.2f}".replace("0.", "."), both[1:]),
         (f"last fifth, {before[0]}, {before[1]} and {before[2]} in the fifth before", both[1:]),
         (f"not told from GRPO ({published})", both[1:]),
@@ -824,6 +824,41 @@ def test_what_the_pages_say_of_the_pretrained_model():
         (f"to {min(lowest):.2f} to {max(lowest):.2f}".replace("0.", "."), both[1:]),
     ):
         assert all(said in " ".join(page.split()) for page in pages), said
+
+
+def test_what_the_pages_say_of_more_samples_a_step():
+    def shown(values, digits=2):
+        mean, error = report.interval(values)
+        return f"{mean:.{digits}f} ± {error:.{digits}f}".replace("0.", ".")
+
+    cells = pretrained.cells(pretrained.GROUPS[1])
+    rows = {H0: cells[f"SCOPE, H0 {H0}"] for H0 in (0.6, 0.8)}
+    last = {H0: [pretrained.last_fifth(row) for row in cell] for H0, cell in rows.items()}
+    ends = {H0: shown([row["entropy"] for row in cell]) for H0, cell in last.items()}
+    off = {H0: shown([row["distance"] for row in cell], 3) for H0, cell in last.items()}
+    shares = [round(100 * row["distance"] / H0) for H0, cell in last.items() for row in cell]
+    means = {round(100 * np.mean([row["distance"] for row in cell]) / H0) for H0, cell in last.items()}
+    assert means == {11}
+    grpo = [pretrained.last_fifth(row) for row in cells["GRPO"]]
+    resting = shown([row["entropy"] for row in grpo])
+
+    def gain(H0, name, digits=2):
+        return shown([row[name] - other[name] for row, other in zip(last[H0], grpo, strict=True)], digits)
+
+    courses = [np.array(row["entropy"][-12:]) for cell in rows.values() for row in cell]
+    own = [np.abs(H - H.mean()).mean() for H in courses]
+    lab = " ".join((THEORY / "lab" / "README.md").read_text().split())
+    assert f"{ends[0.6]} for 0.6 and {ends[0.8]} for 0.8, where" in lab
+    assert f"by {gain(0.8, 'entropy')} at 0.8; at 0.6 in each seed, and by {gain(0.6, 'entropy')}" in lab
+    few, many = gain(0.6, "distinct_correct"), gain(0.8, "distinct_correct", 1)
+    assert f"right answers are {few} more at 0.6, and at 0.8 {many}." in lab
+    assert f"11% of the target**: {off[0.6]} and {off[0.8]}, from {min(shares)} to {max(shares)}% in" in lab
+    assert f"its own mean by {min(own):.2f} to {max(own):.2f}".replace("0.", ".") in lab
+    top, questions = (
+        " ".join((THEORY.parent / name).read_text().split()) for name in ("README.md", "theory/QUESTIONS.md")
+    )
+    assert f"ends at {ends[0.6]} for a target of 0.6 and at {ends[0.8]} for 0.8 (GRPO {resting}), swinging, each" in top
+    assert f"ended at {ends[0.6]} for 0.6 and {ends[0.8]} for 0.8" in questions
 
 
 def test_the_closed_loop_s_table_is_in_ten_thousandths_of_a_nat(tmp_path, monkeypatch):

@@ -371,6 +371,8 @@ def draw(path: Path) -> None:
     size = {"figsize": (3.4 * columns, 3.2 * len(panels)), "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(len(panels), columns, **size, layout="constrained")
     for line, own in zip(axes, panels, strict=True):
+        prompts = own[0][1][0]["settings"]["generation_batch_size"] // own[0][1][0]["settings"]["num_generations"]
+        line[0].set(ylabel=f"{prompts} prompts: nats a token; reward")
         for axis in line[len(own) :]:
             axis.axis("off")
         for axis, (label, rows) in zip(line, own, strict=False):
@@ -380,7 +382,6 @@ def draw(path: Path) -> None:
             if "H0" in label:
                 axis.axhline(rows[0]["target"], color="black", lw=1.2, ls=":", zorder=3)
             axis.set(title=label, xlabel="step", ylim=(0, 3))
-        line[0].set(ylabel="nats a token; reward")
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)

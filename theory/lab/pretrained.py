@@ -4,7 +4,8 @@ Runs train.py's own `set_up` and `train` with a label's options and changes: on 
 others (the preset `laptop`, between.py), or on sums (arithmetic.py). A run ends as a row of
 pretrained.jsonl: the numbers of every step, the evaluation, and what the tabular theory says of it
 (`note`). Labels with "collapsed" start from a collapsed policy, which `--save FOLDER` writes at the
-end of a run. Without MODEL the tables are printed and the figure is drawn.
+end of a run. Without MODEL the tables are printed and the figure is drawn; `--noise` says how much one
+step's H varies at fixed weights.
 
 A prompt has some fifty tokens here and a completion twelve at most, and several completions share a
 prompt. So scoring reads each prompt once (`score`), which halves the time; in float32 the numbers are
@@ -47,6 +48,7 @@ HALF = (
     "--scope_target_entropy 0.5 --scope_alpha 0.25 --scope_weight 1 --scope_temperature_min 1 --scope_gain 2"
     " --scope_integral_gain 0"
 )
+# More samples, smaller gradient steps, longer; SCOPE's runs have twice the integral's gain, too.
 LARGER = "--generation_batch_size 128 --num_mini_batches 4 --learning_rate 5e-6 --max_steps 60"
 GROUPS = ("", "32 prompts")  # of runs on numbers between two others: 12 prompts a step, and more
 SLOW = "--warmup_steps 3 --learning_rate 5e-6"
@@ -264,15 +266,17 @@ def probe(model: str, seed: int) -> None:
 
 def noise(model: str, steps: int = 16) -> None:
     """Print, for 12 and for 32 prompts a step, the mean of H over steps at the very same weights, and how far
-    one step's lies from it on average: so much of |H - H0| no rule can remove."""
+    one step's lies from it on average: no rule brings the mean of |H - H0| far below that."""
     run = train.set_up(train.parse_config(f"{COMMON} --model {model} --output_dir {WORK / 'none'}".split()))
     shutil.rmtree(WORK / "none")
     torch.manual_seed(0)
+    print("| prompts | mean of H | mean distance |")
     for prompts in (12, 32):
-        problems, H = itertools.cycle(run.task.train), []
+        problems = itertools.cycle(run.task.train)
+        H = []
         for _ in range(steps):
-            own = list(itertools.islice(problems, prompts))
-            samples, _ = probes.draw(run, own, prompts * run.config.num_generations, 1.0)
+            batch = list(itertools.islice(problems, prompts))
+            samples, _ = probes.draw(run, batch, prompts * run.config.num_generations, 1.0)
             H.append(masked_mean(samples.entropies, samples.completion_mask).item())
         print(f"| {prompts} | {np.mean(H):.3f} | {np.abs(np.array(H) - np.mean(H)).mean():.3f} |", flush=True)
 
@@ -285,10 +289,11 @@ def read_rows() -> list[dict]:
 
 def cells(group: str = "") -> dict[str, list[dict]]:
     """Label without its group -> its rows by seed; no group: numbers between two others, 12 prompts a step."""
-    rows, known = sorted(read_rows(), key=lambda row: row["seed"]), {}
+    rows = sorted(read_rows(), key=lambda row: row["seed"])
+    known = {}
     for label in EXPERIMENT:
-        own, _, name = label.rpartition(": ")
-        if own == group:
+        prefix, _, name = label.rpartition(": ")
+        if prefix == group:
             known[name] = [row for row in rows if row["label"] == label]
     return {name: cell for name, cell in known.items() if cell}
 
@@ -336,15 +341,15 @@ def hot_samples() -> str:
 
 def answers(group: str = "") -> str:
     """What seed 0 of each run answers to the first test question before and after."""
-    own = {label: row for label, cell in cells(group).items() for row in cell if row["seed"] == 0}
-    shown = [("before", row["texts"][0]) for row in [*own.values()][:1]]
-    shown += [(label, row["texts"][-1]) for label, row in own.items()]
+    first = {label: row for label, cell in cells(group).items() for row in cell if row["seed"] == 0}
+    shown = [("before", row["texts"][0]) for row in [*first.values()][:1]]
+    shown += [(label, row["texts"][-1]) for label, row in first.items()]
     lines = [
         [label, " ".join(f"`{' '.join(text.replace('|', '/').replace('`', ' ').split())}`" for text in texts)]
         for label, texts in shown
     ]
-    questions = {question for row in own.values() for question in row["question"]}  # the same one in all
-    return report.markdown(["run", "answers to: " + "".join(questions)], lines)
+    question = next((row["question"][0] for row in first.values()), "")  # the same in all
+    return report.markdown(["run", f"answers to: {question}"], lines)
 
 
 def sums_table() -> str:
@@ -366,16 +371,17 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     panels = [[cell for cell in cells(group).items() if len(cell[1]) > 1] for group in GROUPS]
-    panels = [own for own in panels if own]
+    panels = [cell for cell in panels if cell]
     columns = max(map(len, panels))
     size = {"figsize": (3.4 * columns, 3.2 * len(panels)), "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(len(panels), columns, **size, layout="constrained")
-    for line, own in zip(axes, panels, strict=True):
-        prompts = own[0][1][0]["settings"]["generation_batch_size"] // own[0][1][0]["settings"]["num_generations"]
-        line[0].set(ylabel=f"{prompts} prompts: nats a token; reward")
-        for axis in line[len(own) :]:
+    for row_of_axes, shown in zip(axes, panels, strict=True):
+        settings_of = shown[0][1][0]["settings"]
+        prompts = settings_of["generation_batch_size"] // settings_of["num_generations"]
+        row_of_axes[0].set(ylabel=f"{prompts} prompts: nats a token; reward")
+        for axis in row_of_axes[len(shown) :]:
             axis.axis("off")
-        for axis, (label, rows) in zip(line, own, strict=False):
+        for axis, (label, rows) in zip(row_of_axes, shown, strict=False):
             for row in rows:
                 axis.plot(row["reward"], color="silver", lw=0.8, label=None if row["seed"] else "reward")
                 axis.plot(row["entropy"], color=f"C{row['seed']}", lw=1.2, label=f"entropy, seed {row['seed']}")

@@ -789,72 +789,65 @@ def test_the_page_shows_the_rows_of_the_pretrained_model():
             assert row["settings"] == pretrained.settings(config)
 
 
+def as_written(values, sign="", digits=2):
+    """Mean and half of the interval, as the prose has them: .30 ± .12."""
+    mean, error = report.interval(values)
+    return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}".replace("0.", ".")
+
+
+def gain(rows, base, name, **form):
+    """What `name` is beyond the base's of the same seed, as written."""
+    return as_written([row[name] - other[name] for row, other in zip(rows, base, strict=True)], **form)
+
+
 def test_what_the_pages_say_of_the_pretrained_model():
     """The numbers of the prose, from the rows."""
     last = {label: [pretrained.last_fifth(row) for row in cell] for label, cell in pretrained.cells().items()}
     grpo, half, high = (last[label] for label in ("GRPO", "SCOPE, H0 0.5", "SCOPE, H0 0.8"))
-
-    def shown(values, sign="", digits=2):
-        mean, error = report.interval(values)
-        return f"{mean:{sign}.{digits}f} ± {error:.{digits}f}".replace("0.", ".")
-
-    def gain(rows, name, **form):
-        return shown([row[name] - other[name] for row, other in zip(rows, grpo, strict=True)], **form)
-
     at_rest = [np.array(row["entropy"][-9:]) for row in pretrained.cells()["GRPO"]]
     noise = np.mean([np.abs(H - H.mean()).mean() for H in at_rest])
     courses = [np.array(row["entropy"]) for row in pretrained.cells()["SCOPE, H0 0.8"]]
     lowest = [H[:30].min() for H in courses]
     before = [f"{H[-18:-9].mean():.2f}".replace("0.", ".") for H in courses]
-    published = gain(last["SCOPE, all published"], "entropy", sign="+")
+    published = gain(last["SCOPE, all published"], grpo, "entropy", sign="+")
     both = [(THEORY.parent / "README.md").read_text(), (THEORY / "lab" / "README.md").read_text()]
     for said, pages in (
-        (shown([row["entropy"] for row in grpo]), both),
-        (shown([row["entropy"] for row in half]), both),
-        (shown([row["entropy"] for row in high]), both),
-        (f"GRPO ({gain(half, 'entropy', sign='+')})", both[:1]),
-        (f"by three seeds ({gain(half, 'entropy', sign='+')})", both[1:]),
-        (f"{gain(high, 'entropy')} nats above GRPO", both[:1]),
-        (f"each seed**, by {gain(high, 'entropy')}", both[1:]),
-        (f"{gain(high, 'distinct_correct', digits=1)} more distinct right answers", both),
+        (as_written([row["entropy"] for row in grpo]), both),
+        (as_written([row["entropy"] for row in half]), both),
+        (as_written([row["entropy"] for row in high]), both),
+        (f"GRPO ({gain(half, grpo, 'entropy', sign='+')})", both[:1]),
+        (f"by three seeds ({gain(half, grpo, 'entropy', sign='+')})", both[1:]),
+        (f"{gain(high, grpo, 'entropy')} nats above GRPO", both[:1]),
+        (f"each seed**, by {gain(high, grpo, 'entropy')}", both[1:]),
+        (f"{gain(high, grpo, 'distinct_correct', digits=1)} more distinct right answers", both),
         (f"which is {np.mean([row['distance'] for row in half]):.3f} at 0.5".replace("0.0", ".0"), both[1:]),
         (f"last fifth by {noise:.2f}".replace("0.", "."), both[1:]),
         (f"last fifth, {before[0]}, {before[1]} and {before[2]} in the fifth before", both[1:]),
         (f"not told from GRPO ({published})", both[1:]),
-        (shown([row["entropy"] for row in last["stepwise bonus, H0 0.5"]]), both[1:]),
+        (as_written([row["entropy"] for row in last["stepwise bonus, H0 0.5"]]), both[1:]),
         (f"to {min(lowest):.2f} to {max(lowest):.2f}".replace("0.", "."), both[1:]),
     ):
         assert all(said in " ".join(page.split()) for page in pages), said
 
 
 def test_what_the_pages_say_of_more_samples_a_step():
-    def shown(values, digits=2):
-        mean, error = report.interval(values)
-        return f"{mean:.{digits}f} ± {error:.{digits}f}".replace("0.", ".")
-
     cells = pretrained.cells(pretrained.GROUPS[1])
     rows = {H0: cells[f"SCOPE, H0 {H0}"] for H0 in (0.6, 0.8)}
     last = {H0: [pretrained.last_fifth(row) for row in cell] for H0, cell in rows.items()}
-    ends = {H0: shown([row["entropy"] for row in cell]) for H0, cell in last.items()}
-    off = {H0: shown([row["distance"] for row in cell], 3) for H0, cell in last.items()}
+    ends = {H0: as_written([row["entropy"] for row in cell]) for H0, cell in last.items()}
+    off = {H0: as_written([row["distance"] for row in cell], digits=3) for H0, cell in last.items()}
     shares = [round(100 * row["distance"] / H0) for H0, cell in last.items() for row in cell]
     means = {round(100 * np.mean([row["distance"] for row in cell]) / H0) for H0, cell in last.items()}
     assert means == {11}
     grpo = [pretrained.last_fifth(row) for row in cells["GRPO"]]
-    resting = shown([row["entropy"] for row in grpo])
-
-    def gain(H0, name, digits=2):
-        return shown([row[name] - other[name] for row, other in zip(last[H0], grpo, strict=True)], digits)
-
+    resting = as_written([row["entropy"] for row in grpo])
     courses = [np.array(row["entropy"][-12:]) for cell in rows.values() for row in cell]
     own = [np.abs(H - H.mean()).mean() for H in courses]
     lab = " ".join((THEORY / "lab" / "README.md").read_text().split())
     assert f"{ends[0.6]} for 0.6 and {ends[0.8]} for 0.8. (With" in lab
-    assert (
-        f"by {gain(0.8, 'entropy')} at 0.8. At 0.6 it is above in each seed, but the gain, {gain(0.6, 'entropy')}"
-        in lab
-    )
-    few, many = gain(0.6, "distinct_correct"), gain(0.8, "distinct_correct", 1)
+    low, high = (gain(last[H0], grpo, "entropy") for H0 in (0.6, 0.8))
+    assert f"by {high} at 0.8. At 0.6 it is above in each seed, but the gain, {low}" in lab
+    few, many = gain(last[0.6], grpo, "distinct_correct"), gain(last[0.8], grpo, "distinct_correct", digits=1)
     assert f"right answers are {few} more at 0.6, and {many} more at 0.8." in lab
     assert f"11% of the target**: {off[0.6]} and {off[0.8]}, from {min(shares)} to {max(shares)}% in" in lab
     assert f"its own mean by {min(own):.2f} to {max(own):.2f}".replace("0.", ".") in lab

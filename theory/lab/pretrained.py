@@ -237,9 +237,7 @@ KEPT = (
 def probe(model: str, seed: int) -> None:
     """Print, for GRPO's gradient and for that of positives drawn at T, dH / d eta on the contexts of the
     prompts sampled and on those of 8 others, and the tabular prediction; each is per unit of eta."""
-    options = f"{COMMON} {SUMS} --model {model} --output_dir {WORK / 'none'}"
-    run = train.set_up(train.parse_config(options.split()))
-    shutil.rmtree(WORK / "none")
+    run = probes.set_up(f"{COMMON} {SUMS} --model {model}".split())
     torch.manual_seed(seed)
     own, others = run.task.train[:8], run.task.train[8:16]
     with mock.patch.multiple(rollout, Sampler=NotingSampler, score=score):
@@ -267,8 +265,7 @@ def probe(model: str, seed: int) -> None:
 def noise(model: str, steps: int = 16) -> None:
     """Print, for 12 and for 32 prompts a step, the mean of H over steps at the very same weights, and how far
     one step's lies from it on average: no rule brings the mean of |H - H0| far below that."""
-    run = train.set_up(train.parse_config(f"{COMMON} --model {model} --output_dir {WORK / 'none'}".split()))
-    shutil.rmtree(WORK / "none")
+    run = probes.set_up(f"{COMMON} --model {model}".split())
     torch.manual_seed(0)
     print("| prompts | mean of H | mean distance |")
     for prompts in (12, 32):
@@ -371,7 +368,7 @@ def draw(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     panels = [[cell for cell in cells(group).items() if len(cell[1]) > 1] for group in GROUPS]
-    panels = [cell for cell in panels if cell]
+    panels = [shown for shown in panels if shown]
     columns = max(map(len, panels))
     size = {"figsize": (3.4 * columns, 3.2 * len(panels)), "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(len(panels), columns, **size, layout="constrained")

@@ -336,17 +336,22 @@ def draw_tests(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     order = list(experiments.EXPERIMENTS["cooling"])  # a colour for each
-    tests = {"moving": "moving target", "cooling": "cooling: sums, target 0.2", "weak": "a weaker start, target 0.4"}
-    tests["dr_grpo"] = "no standard deviation, target 0.4"
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    tests = {
+        "moving": "moving target",
+        "cooling": "cooling: sums, target 0.2",
+        "weak": "a weaker start, target 0.4",
+        "dr_grpo": "no standard deviation, target 0.4",
+    }
+    figure, axes = plt.subplots(1, len(tests), figsize=(17, 4), layout="constrained")
     for axis, (name, title) in zip(axes, tests.items(), strict=True):
         cells = cells_of(name)
         for label, cell in cells.items():
             for k, row in enumerate(cell.values()):
                 shown = f"{label}, seeds: {len(cell)}" if k == 0 else None
                 axis.plot(range(5, 350, 10), row["entropies"], color=f"C{order.index(label)}", lw=0.8, label=shown)
+        target = [row["target"] for cell in cells.values() for row in cell.values()][-1]  # GRPO, the first, has none
         steps, H0 = ([0, 150, 150, 250, 250, 350], [0.5, 0.5, 0.3, 0.3, 0.5, 0.5]) if name == "moving" else (
-            [0, 350], [next(iter([*cells.values()][-1].values()))["target"]] * 2  # GRPO, the first, has none
+            [0, 350], [target] * 2
         )  # fmt: skip
         axis.plot(steps, H0, color="black", lw=0.8, ls=":", label="target")
         axis.set(title=title, xlabel="step", ylabel="entropy, nats a token")

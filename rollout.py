@@ -1,215 +1,371 @@
-"""Rollouts: sampling completions at a temperature per row, and scoring them under the same policy.
+"""Rollouts: sample completions at a temperature of their own, and score them under the same policy.
 
 SCOPE needs samples of a policy pi, and a few of pi^T(a | s) = softmax(z(s) / T). `generate` draws
-both in one call: the auxiliary ones cost their rows, and no second decoding pass. `score` gives
-log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) of each token, at temperature 1. B rows are
-laid out so, and need no attention mask: a causal model's tokens never look at what is on the right.
+both in one call. `score` gives log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) of each token,
+at temperature 1, with a gradient. B samples lie in memory like this:
 
-    sequences         [B, S]   prompt ...   completion ...  <eos>  <pad> <pad>
-    completion_mask   [B, S]   0    0   0   1    1    1     1      0     0       <eos> is an action
+    prompts          [P, L]   <pad> <pad>  prompt         each distinct prompt once
+    completions      [B, C]   completion  <eos> <pad>     row i answers prompt owner[i]
+    completion_mask  [B, C]     1   1   1    1     0      the end token is an action too
+
+Who draws the tokens? transformers' `generate` runs the model, keeps its cache and stops at end
+tokens. It knows one temperature for a whole batch, though, and keeps no log-probabilities. So it is
+told to be greedy, and a logits processor, `Sampler`, does the drawing: it picks a token of each row
+at the row's own temperature, notes its log p and H, and hands on logits that leave only this token.
+
+A call continues the rows by a segment of 64 tokens. Then those that have ended leave the batch, so
+that the last long completion does not make all others wait. The cache is kept between the calls.
 """
 
+import inspect
+import math
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
-from reward import check, explaining
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
 LOGITS_BUDGET = 12_000_000  # float32 logits held at a time in scoring: 48 MB, a few times that in all
-warnings.filterwarnings("ignore", "`(past_key_values|gradient_)", FutureWarning)  # 5.17's names
-
-
-def load_policy(name: str, bf16: bool = False, gradient_checkpointing: bool = False):
-    """The model, on the GPU if there is one, and its tokenizer, such that `score` sees its policy.
-
-    Weights are float32: updates of 1e-6 would be lost in bfloat16. With `bf16` the body runs in it
-    (autocast), but not the head, whose logits of 16 to 32 it would round to steps of 0.125. Dropout
-    is off for good, or other policies would be sampled than the one scored; `model.train()` turns on
-    gradient checkpointing and no more. Raises ValueError if they cannot be loaded, or if logits are
-    not the head's weights times the states (a soft cap, a scale, a bias: `score` knows none)."""
-    with explaining(f"cannot load the model {name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        config = transformers.AutoConfig.from_pretrained(name)
-        dropout = [k for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)]
-        config.update(dict.fromkeys(dropout, 0.0))
-        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    check(not info["missing_keys"], f"the model {name} lacks weights: {sorted(info['missing_keys'])[:3]}")
-    check(tokenizer.eos_token_id is not None, f"the tokenizer of {name} has no end token")
-    check(all(w.isfinite().all() for w in model.parameters()), f"weights of {name} are not finite")
-
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
-        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
-    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    body, head = model.base_model, model.get_output_embeddings()
-    if bf16:
-        body.forward = torch.autocast(model.device.type, torch.bfloat16)(body.forward)
-        head.register_forward_pre_hook(lambda head, inputs: (at_least_float32(inputs[0]),))
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.arange(4, device=model.device)[None]
-    for mode in (True, False):  # evaluation mode last: it stays
-        with torch.no_grad():
-            logits = model.train(mode)(input_ids=ids, use_cache=False).logits  # [1, 4, V]
-            states = body(input_ids=ids, use_cache=False).last_hidden_state
-        wanted = at_least_float32(states) @ head.weight.T
-        is_plain = torch.allclose(logits.float(), wanted, atol=1e-3)
-        check(is_plain, f"logits of {name} are not states times head weights: choose another model")
-    return model, tokenizer
+# transformers 5.17 warns of argument names that it is about to change.
+warnings.filterwarnings("ignore", "`(past_key_values|(is_)?gradient_)", FutureWarning)
 
 
 @dataclass
 class Rollout:
-    """B sampled completions; the layout is in the module's docstring."""
+    """B sampled completions. The layout is in the module's docstring."""
 
-    sequences: Tensor  # [B, S] token ids
-    completion_mask: Tensor  # [B, S] bool, true up to and including the first end token
-    logprobs: Tensor  # [B, S] log pi_old of each token as it was drawn, at temperature 1; 0 outside
-    entropies: Tensor  # [B, S] H of the distribution it came from, at temperature 1, nats
-    lengths: Tensor  # [B] tokens of prompt and completion together
+    prompts: Tensor  # [P, L] token ids, padded on the left
+    prompt_mask: Tensor  # [P, L] 1 for tokens, 0 for padding
+    owner: Tensor  # [B] the prompt that each row answers
+    completions: Tensor  # [B, C] token ids, padded on the right
+    completion_mask: Tensor  # [B, C] bool, true up to and including the first end token
+    logprobs: Tensor  # [B, C] log pi_old of each token as it was drawn, at temperature 1; 0 outside
+    entropies: Tensor  # [B, C] H of the distribution it came from, at temperature 1, nats
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
-    texts: list[str]  # B decoded completions without special tokens
+    texts: list[str]  # B completions without special tokens
+
+    def lengths(self) -> Tensor:
+        """`[B]`: tokens of prompt and completion together."""
+        return self.prompt_mask.sum(1)[self.owner] + self.completion_mask.sum(1)
 
 
-def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
-    """Questions in the model's chat template, with thinking off, or as plain text without one. What
-    is a special token and could end the turn is spelt out. ValueError if the template fails."""
-    special = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special)
-    contents = [f"{question}\n\n{instruction}" for question in questions]
-    contents = [re.sub(special, lambda token: " ".join(token.group()), content) for content in contents]
-    if tokenizer.chat_template is None:
-        return [f"{tokenizer.bos_token or ''}{content}\n" for content in contents]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    chats = ([{"role": "user", "content": content}] for content in tqdm(contents, "prompts", leave=False))
-    with explaining("the model's chat template fails"):
-        return [tokenizer.apply_chat_template(chat, **options) for chat in chats]
+# --- Sampling
+class Sampler:
+    """Draws a token of each row from softmax(z / T), and notes its log p and H at temperature 1.
+
+    It inverts the distribution function: the token is the first one at which the cumulative
+    probability exceeds a uniform random number. `generate` calls it once for each new token.
+    """
+
+    def __init__(self, temperatures: Tensor, uniforms: Tensor) -> None:
+        self.temperatures = temperatures[:, None]  # [b, 1]
+        self.uniforms = uniforms  # [b, n] in [0, 1)
+        self.noted: list[Tensor] = []  # [2, b] for each token: log pi_old, H
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        # Draw. In float64 the sum of 151,936 probabilities is exact enough; Apple's GPUs have none.
+        p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
+        dtype = torch.float32 if p.device.type == "mps" else torch.float64
+        cumulative = p.cumsum(-1, dtype=dtype)
+        u = self.uniforms[:, len(self.noted), None].to(dtype) * cumulative[:, -1:]  # [b, 1]
+        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
+
+        # Note what the policy says of it at temperature 1, whatever T it was drawn at.
+        log_p = log_policy(logits)  # [b, V]
+        token_logprobs = log_p.gather(1, tokens)[:, 0]
+        self.noted.append(torch.stack([token_logprobs, entropy_of(log_p)]))
+
+        # Leave only this token for the greedy choice of `generate`.
+        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
 
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], temperatures: Tensor,
-    max_completion_length: int,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
+    temperatures: Tensor, max_completion_length: int, uniforms: Tensor | None = None,
 ) -> Rollout:  # fmt: skip
-    """A completion a prompt, row i from softmax(z / temperatures[i]), T > 0, and nothing else:
-    transformers' `generate` fills what its caller leaves open from the model's generation_config
-    (Qwen3's: temperature 0.6, top_k 20, top_p 0.95), so that is replaced as a whole while sampling.
-    The end token counts in max_completion_length."""
-    device, models_own = model.device, model.generation_config
-    ends = models_own.eos_token_id  # then all that end a completion
-    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
+    """Sample one completion of each prompt: row i from softmax(z / temperatures[i]), and nothing else.
+
+    Equal prompts are read once. The end token counts in max_completion_length. `uniforms` are the
+    random numbers in [0, 1), `[B, max_completion_length]`, which are drawn here by default. The same
+    numbers give the same completions, however the rows are batched.
+    """
+    device, own_config = model.device, model.generation_config
+    if uniforms is None:
+        uniforms = torch.rand(len(prompts), max_completion_length, dtype=torch.float64)
+
+    # All tokens that end a completion: the model's and the tokenizer's.
+    ends = own_config.eos_token_id if isinstance(own_config.eos_token_id, list) else [own_config.eos_token_id]
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
 
-    # Each distinct prompt is read once; `which` says where row i's prompt is.
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)  # [B]
+    # Number the distinct prompts, and tokenize them.
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    owner = torch.tensor([numbers[prompt] for prompt in prompts], device=device)  # [B]
     left = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = tokenizer(list(distinct), return_tensors="pt", **left).to(device)  # [U, P]
+    inputs = tokenizer(list(numbers), return_tensors="pt", **left).to(device)  # [P, L]
 
+    # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's has
+    # temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     try:
-        with torch.autocast(device.type, enabled=False):  # outside the body's: keeps the weights it has cast
-            sequences, noted = decode(model, inputs, which, temperatures.to(device), max_completion_length)
+        # An autocast around all of it keeps the weights that the body's autocast has cast.
+        with torch.autocast(device.type, enabled=False):
+            completions, noted = decode(model, inputs, owner, temperatures.to(device), uniforms.to(device))
     finally:
-        model.generation_config = models_own
+        model.generation_config = own_config
 
-    # By position, not by id: what precedes the first end token, and that token, is the completion.
-    P, S = inputs.input_ids.shape[1], sequences.shape[1]
-    is_end = torch.isin(sequences[:, P:], torch.tensor(ends, device=device))
-    completion_mask = F.pad(is_end.cumsum(1) - is_end.long() == 0, (P, 0))  # [B, S]
+    # The completion is all before the first end token, and that token. It is found by position and
+    # not by id, since many models pad with their end token.
+    is_end = torch.isin(completions, torch.tensor(ends, device=device))  # [B, C]
+    mask = is_end.cumsum(1) - is_end.long() == 0
+    longest = int(mask.sum(1).max())
+    completions, mask = completions[:, :longest], mask[:, :longest]
+    logprobs, entropies = noted[:, :, :longest] * mask
+    tokens = completions[mask].cpu().split(mask.sum(1).tolist())
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    prompts, prompt_mask, truncated = inputs.input_ids, inputs.attention_mask, ~is_end.any(1)
+    return Rollout(prompts, prompt_mask, owner, completions, mask, logprobs, entropies, truncated, texts)
 
-    # Turn each row about, so that its padding goes from its left to its right.
-    padding = (inputs.attention_mask[which] == 0).sum(1, keepdim=True)  # [B, 1]
-    columns = (torch.arange(S, device=device) + padding) % S  # [B, S]
-    sequences, completion_mask = sequences.gather(1, columns), completion_mask.gather(1, columns)
-    logprobs, entropies = noted.gather(2, columns.expand(2, -1, -1)) * completion_mask
-    counts = completion_mask.sum(1)  # [B]
-    completions = sequences[completion_mask].cpu().split(counts.tolist())
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    lengths = P - padding[:, 0] + counts
-    return Rollout(sequences, completion_mask, logprobs, entropies, lengths, ~is_end.any(1), texts)
+
+def decode(
+    model: PreTrainedModel, inputs, owner: Tensor, temperatures: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Continue prompt owner[i] in row i: token ids `[B, C]`, and what `Sampler` noted, `[2, B, C]`."""
+    (B, C), device, config = uniforms.shape, owner.device, model.generation_config
+    prompts, mask = inputs.input_ids, inputs.attention_mask  # [P, L]
+    ends = torch.tensor(config.eos_token_id, device=device)
+    completions = torch.full((B, C), config.pad_token_id, device=device)
+    noted = torch.zeros(2, B, C, device=device)
+
+    # Read each prompt once, up to its last token. The token that is sampled here is not used.
+    cache = empty_cache(model)
+    options, segment = ({}, C) if cache is None else ({"past_key_values": cache}, SEGMENT)
+    if cache is not None and prompts.shape[1] > 1:
+        model.generate(prompts[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
+        cache.batch_select_indices(owner)
+
+    sequences, mask = prompts[owner], mask[owner]  # [B, L]
+    rows, start = torch.arange(B, device=device), 0  # the rows that go on  [b]
+    while start < C and len(rows) > 0:
+        # Continue them by a segment of n tokens.
+        sampler = Sampler(temperatures[rows], uniforms[rows, start : start + segment])
+        options |= {"max_new_tokens": min(segment, C - start), "logits_processor": [sampler]}
+        longer = model.generate(sequences, attention_mask=mask, **options)  # [b, ... + n]
+        new = longer[:, sequences.shape[1] :]
+        n = new.shape[1]
+        completions[rows, start : start + n] = new
+        noted[:, rows, start : start + n] = torch.stack(sampler.noted, -1)[:, :, :n]
+        start += n
+
+        # Those that have ended leave the batch and the cache.
+        goes_on = ~torch.isin(new, ends).any(1)  # [b]
+        rows, sequences = rows[goes_on], longer[goes_on]
+        mask = F.pad(mask[goes_on], (0, n), value=1)
+        if cache is not None and not goes_on.all():
+            cache.batch_select_indices(goes_on)
+    return completions, noted
 
 
 class AutocastCache(DynamicCache):
-    """Holds keys and values as attention uses them; under autocast Qwen3's keys come in float32."""
+    """Keeps keys and values in the type that attention computes in.
+
+    Under autocast Qwen3's keys arrive in float32, and a plain cache would double its memory.
+    """
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        kind = keys.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
-        return super().update(keys.to(dtype), values.to(dtype), *args, **kwargs)
+        device = keys.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            keys, values = keys.to(dtype), values.to(dtype)
+        return super().update(keys, values, *args, **kwargs)
 
 
-def decode(model: PreTrainedModel, inputs, which: Tensor, temperatures: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Row i continues prompt which[i]: ids, `[B, P + T]`, padded on the left, and what `Sampler`
-    noted, `[2, B, P + T]`. A prompt is read once, for all its rows. Rows that have ended leave
-    after each segment; where a cache has no rows (a recurrent model's), there is one segment."""
-    config, cache = model.generation_config, AutocastCache(config=model.config)
-    kinds = {type(layer) for layer in cache.layers}
-    by_rows = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not model._is_stateful
-    segment, options = (SEGMENT, {"past_key_values": cache}) if by_rows else (length, {})
-    ids, mask = inputs.input_ids, inputs.attention_mask  # [U, P]
-    if by_rows and ids.shape[1] > 1:  # all but the last token; the one sampled here is not used
-        model.generate(ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
-        cache.batch_select_indices(which)
-
-    sequences, mask = ids[which], mask[which]
-    ends = torch.tensor(config.eos_token_id, device=ids.device)
-    noted = torch.zeros(2, *sequences.shape, device=ids.device)  # log pi_old, H  [2, B, P]
-    rows, left = torch.arange(len(which), device=ids.device), length  # rows that go on  [b]
-    while len(rows) > 0 and left > 0:
-        sampler = Sampler(temperatures[rows])
-        options |= {"max_new_tokens": min(segment, left), "logits_processor": [sampler]}
-        new = model.generate(sequences[rows], attention_mask=mask, **options)[:, sequences.shape[1] :]  # [b, n]
-        n, going_on = new.shape[1], ~torch.isin(new, ends).any(1)  # [b]
-        sequences, noted = F.pad(sequences, (0, n), value=config.pad_token_id), F.pad(noted, (0, n))
-        sequences[rows, -n:], noted[:, rows, -n:] = new, torch.stack(sampler.noted, -1)[..., :n]
-        rows, mask, left = rows[going_on], F.pad(mask[going_on], (0, n), value=1), left - n
-        if by_rows and not going_on.all():
-            cache.batch_select_indices(going_on)
-    return sequences, noted
+def empty_cache(model: PreTrainedModel) -> AutocastCache | None:
+    """A new cache, or None where it does not hold each row by itself (a recurrent model's)."""
+    cache = AutocastCache(config=model.config)
+    has_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return cache if has_rows and not model._is_stateful else None
 
 
-class Sampler:
-    """A logits processor that draws from softmax(z / T), and notes log p and H, at temperature 1."""
-
-    def __init__(self, temperatures: Tensor) -> None:
-        self.temperatures = temperatures[:, None]  # [b, 1]
-        self.noted: list[Tensor] = []  # [2, b] a token: log pi_old, H
-
-    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
-        precise = torch.float32 if p.device.type == "mps" else torch.float64  # Apple's has none
-        cumulative = p.cumsum(-1, dtype=precise)  # one random number a row; multinomial takes V
-        u = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]  # [b, 1]
-        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
-        log_p = log_policy(logits)  # [b, V]
-        self.noted.append(torch.stack([log_p.gather(1, tokens)[:, 0], entropy_of(log_p)]))
-        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
-
-
+# --- Scoring
 def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (nats) of completions `rows` `[n]`, at temperature 1: both
-    `[n, S]`, float32, zero outside `completion_mask`, and differentiable if grad is enabled."""
-    mask, longest = samples.completion_mask[rows], int(samples.lengths[rows].max())  # [n, S]
-    ids = samples.sequences[rows, :longest]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [n, longest, D]
+    """Log-probabilities and entropies (nats) of the completions `rows` `[n]`, at temperature 1.
 
-    # The state before a token predicts it; only the completions' states meet the output head.
-    is_completion = mask[:, 1:longest]
-    states, tokens = hidden[:, :-1][is_completion], ids[:, 1:][is_completion]  # [N, D], [N]
-    chunk_size = max(1, LOGITS_BUDGET // model.get_input_embeddings().num_embeddings)
+    Both are `[n, C]`, in float32 or better, 0 outside `completion_mask`, and differentiable if grad
+    is enabled. A prompt is read once for all its completions among the rows, where that can be done.
+    """
+    mask = samples.completion_mask[rows]  # [n, C]
+    tokens = samples.completions[rows][mask]  # [N]
+    read = states_after_shared_prompts if can_share_prompts(model) else states_of_whole_rows
+    states = read(model, samples, rows)  # the state before each of these tokens predicts it  [N, D]
+
+    # Only these states meet the output head.
+    vocabulary_size = model.get_input_embeddings().num_embeddings
+    chunk_size = max(1, LOGITS_BUDGET // vocabulary_size)
     head = model.get_output_embeddings()
     logprobs, entropies = logprobs_and_entropies(states, head, tokens, chunk_size)  # [N], [N]
     zeros = torch.zeros(mask.shape, dtype=logprobs.dtype, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+
+
+def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
+    """`[N, D]` from prompt and completion in one row, turned so that all padding is on the right.
+
+    There a causal model does not look, so it needs no mask.
+    """
+    owner, longest = samples.owner[rows], int(samples.lengths()[rows].max())
+    L = samples.prompts.shape[1]
+    padding = L - samples.prompt_mask[owner].sum(1, keepdim=True)  # [n, 1]
+    ids = torch.cat([samples.prompts[owner], samples.completions[rows]], 1)  # [n, L + C]
+    is_completion = F.pad(samples.completion_mask[rows], (L, 0))
+    columns = (torch.arange(longest, device=ids.device) + padding) % ids.shape[1]  # [n, longest]
+    ids, is_completion = ids.gather(1, columns), is_completion.gather(1, columns)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[:, :-1][is_completion[:, 1:]]
+
+
+def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
+    """The same `[N, D]`, from prompts that are read once, with a gradient through their cache."""
+    body, cache = model.base_model, empty_cache(model)
+    options = {"past_key_values": cache, "use_cache": True}
+
+    # The prompts of these rows, without the columns in which all have padding.
+    used, owner = samples.owner[rows].unique(return_inverse=True)  # [U], [n]
+    mask = samples.prompt_mask[used]
+    L = int(mask.sum(1).max())
+    prompts, mask = samples.prompts[used, -L:], mask[:, -L:]  # [U, L]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    # All but its last token goes into the cache, which is then copied for each of its completions.
+    if L > 1:
+        body(prompts[:, :-1], mask[:, :-1], position_ids=positions[:, :-1], **options)
+        cache.batch_select_indices(owner)
+
+    # The last token is read with the completion, whose own last token predicts nothing.
+    is_completion = samples.completion_mask[rows]  # [n, C]
+    c = int(is_completion.sum(1).max())
+    ids = torch.cat([prompts[owner, -1:], samples.completions[rows, : c - 1]], 1)  # [n, c]
+    mask = F.pad(mask[owner], (0, c - 1), value=1)  # [n, L + c - 1]
+    positions = positions[owner, -1:] + torch.arange(c, device=ids.device)
+    hidden = body(ids, mask, position_ids=positions, **options).last_hidden_state
+    return hidden[is_completion[:, :c]]
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether a prompt is read once. That needs a cache of rows, position ids, and a CPU.
+
+    Gradient checkpointing has no cache, and on a GPU attention under a mask can return NaN.
+    """
+    takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+    is_checkpointing = model.is_gradient_checkpointing and model.training
+    on_cpu = model.device.type == "cpu"
+    return on_cpu and takes_positions and not is_checkpointing and empty_cache(model) is not None
+
+
+def micro_batches(model, samples: Rollout, rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Rows, `size` at a time, in an order that is cheap to score: by prompt, or by length."""
+    key = samples.owner if can_share_prompts(model) else samples.lengths()
+    return rows[key[rows].argsort(stable=True)].split(size)
+
+
+# --- The model
+def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on the GPU if there is one, and its tokenizer.
+
+    Weights are float32, since updates of 1e-6 would be lost in bfloat16. With `bf16` the body runs
+    in bfloat16 (autocast) and with gradient checkpointing. The head does not: its logits of 16 to 32
+    would be rounded to steps of 0.125. Dropout is off for good, or other policies would be sampled
+    than the one scored; `model.train()` turns on gradient checkpointing and no more.
+
+    Raises ValueError for a model that cannot be trained here, and what transformers raises.
+    """
+    if (Path(name) / "adapter_config.json").exists():
+        raise ValueError("it has an adapter: merge that into its weights first")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name)
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])[:3]}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end token")
+    for key, weight in model.named_parameters():
+        if weight.dtype != torch.float32 or not weight.requires_grad:
+            raise ValueError(f"{key} cannot be trained: take a model that is not quantized")
+        if not weight.isfinite().all():
+            raise ValueError(f"{key} has numbers that are not finite")
+
+    # Choose the device, and what runs in which precision.
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
+        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if bf16:
+        body, head = model.base_model, model.get_output_embeddings()
+        body.forward = torch.autocast(model.device.type, torch.bfloat16)(body.forward)
+        head.register_forward_pre_hook(lambda head, inputs: (at_least_float32(inputs[0]),))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_sampled_is_scored(model, tokenizer, tolerance=0.1 if bf16 else 0.01)
+    return model.eval(), tokenizer
+
+
+@torch.no_grad()
+def check_sampled_is_scored(model, tokenizer, tolerance: float) -> None:
+    """Sample from prompts of two lengths, and compare the log p that is noted with `score`.
+
+    They part where the model is not causal, minds padding, has dropout, or changes its logits after
+    the output head (a soft cap, a scale, a bias). Raises ValueError then.
+    """
+    prompts = ["1+2=", "12+34+56+78="] * 4
+    uniforms = torch.rand(8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = generate(model.eval(), tokenizer, prompts, torch.ones(8), 16, uniforms)
+    logprobs, _ = score(model.train(), samples, torch.arange(8, device=model.device))
+    distance = (logprobs - samples.logprobs)[samples.completion_mask].abs().mean().item()
+    if not distance <= tolerance:
+        wrong = f"log p in sampling and in scoring differ by {distance:.2g} nats a token"
+        raise ValueError(f"{wrong}: it is no plain causal model, choose another")
+
+
+def context_length(model: PreTrainedModel) -> float:
+    """The tokens that the model has positions for, which is infinite where none are numbered."""
+    config = model.config
+    lengths = (
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "original_max_position_embeddings", None),
+    )
+    return min([length for length in lengths if length], default=math.inf)
+
+
+def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
+    """Questions in the model's chat template, with thinking off, or as plain text without one.
+
+    A special token in a question could end the turn, so it is spelt with spaces between.
+    """
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = re.compile("|".join(re.escape(token) for token in tokens))
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    prompts = []
+    for question in questions:
+        content = f"{question}\n\n{instruction}"
+        content = special.sub(lambda token: " ".join(token.group()), content)
+        if tokenizer.chat_template is None:
+            prompt = f"{tokenizer.bos_token or ''}{content}\n"
+        else:
+            chat = [{"role": "user", "content": content}]
+            prompt = tokenizer.apply_chat_template(chat, **options)
+        prompts.append(prompt)
+    return prompts

@@ -1,27 +1,28 @@
 """SCOPE-RL: group-relative policy optimisation whose entropy is held at a target.
 
-GRPO samples G completions of each prompt and reinforces those that beat their group, which lets the
-policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds a term of a few more completions, sampled
-at a temperature T, of which only the rewarded count,
+GRPO samples G completions of each prompt and reinforces those that beat their group. This lets the
+policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds a term of a few more completions. They are
+sampled at a temperature T, and only the rewarded ones count:
 
     J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
-    T       = clip(1 + H0 - H(pi_old), T_min, T_max)
 
-with r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t), both at temperature 1, clipped to 1 -+ epsilon.
-Rewarded samples drawn hot are rarer tokens that turned out right, and reinforcing them raises the
-entropy; drawn cold they lower it (theory/). So T is its knob: below H0 the rule heats, above it cools.
+The ratio r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) is at temperature 1, above and below the
+line, and clip keeps it in [1 - epsilon, 1 + epsilon]. Rewarded samples drawn hot are rarer tokens
+that turned out right, so reinforcing them raises the entropy. Drawn cold they lower it (theory/).
+So T is the knob, and `TemperatureRule` turns it: it heats when H is too low and cools when H is high.
 
-Everything here is a pure function. A sample's place in the objective is a row of one table,
+Each sample is a row of one table. It says how the sample counts:
 
                  advantage A_i                   weight w_i    entropy bonus c_i
     ordinary     (R_i - mean) / (std + small)    1 / N         entropy_coef       N of them, at 1
-    auxiliary    1[R_i = 1]                      alpha / N'    0                  N' of them, at T
+    auxiliary    1[R_i = 1]                      alpha / M     0                  M of them, at T
 
-and J is a sum over its rows, so any split into micro-batches adds up to the same J:
+J is a sum over these rows, so any split into micro-batches adds up to the same J:
 
     J = sum_i w_i / |o_i| sum_t [ min(r_t A_i, clip(r_t) A_i) + c_i H_t ]
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -33,69 +34,141 @@ ADVANTAGE_EPSILON = 1e-4  # "small" above
 
 
 class Objective(NamedTuple):
-    """The table above: three columns `[B]`, a row a sample."""
+    """The table above: three columns `[B]`, a row for each sample."""
 
     advantages: Tensor  # A_i
-    weights: Tensor  # w_i
+    weights: Tensor  # w_i: shares of the whole step, so that J is the sum over all its rows
     entropy_coefs: Tensor  # c_i
 
     def rows(self, index: Tensor) -> "Objective":
         """The table of some of the samples."""
-        return Objective(*(column[index] for column in self))
+        return Objective(
+            self.advantages[index],
+            self.weights[index],
+            self.entropy_coefs[index],
+        )
 
     def has_gradient(self) -> Tensor:
-        """`[B]` bool, false for samples that J does not depend on: no advantage and no bonus."""
-        return (self.weights != 0) & ((self.advantages != 0) | (self.entropy_coefs != 0))
+        """`[B]` bool: false for a sample that J does not depend on, for want of advantage and bonus."""
+        counts = (self.advantages != 0) | (self.entropy_coefs != 0)
+        return counts & (self.weights != 0)
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's (arXiv 2402.03300), of rewards `[P, G]`, a row a prompt; std is the population's."""
+    """GRPO's advantages (arXiv 2402.03300): `[P, G]` -> `[P, G]`, one prompt a row.
+
+    The standard deviation is the population's. Equal rewards give advantages of 0.
+    """
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
-    return centred / (rewards.std(1, keepdim=True, unbiased=False) + ADVANTAGE_EPSILON)  # A
+    std = rewards.std(1, keepdim=True, unbiased=False)  # [P, 1]
+    return centred / (std + ADVANTAGE_EPSILON)  # A
 
 
-def objective_table(rewards: Tensor, auxiliary: Tensor, scope_weight: float, entropy_coef: float = 0.0) -> Objective:
-    """The table of a batch, of its rewards `[P, G]` and `[N']`, maybe none; `scope_weight` is alpha."""
-    ordinary = group_advantages(rewards).flatten()  # [N]
-    N, M = len(ordinary), len(auxiliary)  # M is N', with those that earned nothing
+def objective_table(
+    rewards: Tensor,
+    auxiliary_rewards: Tensor,
+    scope_alpha: float,
+    entropy_coef: float = 0.0,
+) -> Objective:
+    """The table of a step: rewards `[P, G]` and `[M]` -> columns `[P * G + M]`; M may be 0.
+
+    The auxiliary mean is over all M samples. Those that were not rewarded count as 0.
+    """
+    N, M = rewards.numel(), len(auxiliary_rewards)
+
+    # Ordinary samples: GRPO's advantages, each sample with an equal share.
+    ordinary_A = group_advantages(rewards).flatten()  # [N]
+    ordinary_w = torch.full_like(ordinary_A, 1 / N)
+    ordinary_c = torch.full_like(ordinary_A, entropy_coef)
+
+    # Auxiliary samples: the indicator 1[R = 1], and alpha shared among them.
+    auxiliary_A = (auxiliary_rewards == 1).to(ordinary_A)  # [M]
+    auxiliary_w = torch.full_like(auxiliary_A, scope_alpha / max(1, M))
+    auxiliary_c = torch.zeros_like(auxiliary_A)
+
     return Objective(
-        torch.cat([ordinary, (auxiliary == 1).to(ordinary.dtype)]),  # A, 1[R = 1]
-        ordinary.new_tensor([1 / N] * N + [scope_weight / max(1, M)] * M),  # w
-        ordinary.new_tensor([entropy_coef] * N + [0.0] * M),  # c
+        torch.cat([ordinary_A, auxiliary_A]),
+        torch.cat([ordinary_w, auxiliary_w]),
+        torch.cat([ordinary_c, auxiliary_c]),
     )
 
 
 def scope_loss(
-    logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, objective: Objective,
-    epsilon: float = 0.2, epsilon_high: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """-J of some samples, a summand of the batch's loss; and how many tokens the clip cut off.
-    `[B, S]` are log pi, log pi_old, H (nats; differentiable for a bonus) and the completions' bool
-    mask; `objective` has these samples' rows. `epsilon_high` is DAPO's clip-higher, else epsilon."""
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, S]
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    entropies: Tensor,
+    mask: Tensor,
+    objective: Objective,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss of some samples (their part of -J), and how many tokens' gradients the clip removed.
+
+    `[B, C]` are log pi, log pi_old, H in nats (it needs a gradient for the bonus), and the mask of
+    the completions' tokens. `objective` holds the rows of these samples. `epsilon_high` is the upper
+    clip of DAPO's clip-higher; it is epsilon by default.
+    """
+    if epsilon_high is None:
+        epsilon_high = epsilon
+    low, high = 1 - epsilon, 1 + epsilon_high
     A = objective.advantages[:, None]  # [B, 1]
-    surrogate = torch.minimum(ratio * A, ratio.clamp(low, high) * A)  # min(r A, clip(r) A)  [B, S]
-    bonus = objective.entropy_coefs[:, None] * entropies  # c_i H_t  [B, S]
-    J = (objective.weights * masked_mean(surrogate + bonus, mask, dim=1)).sum()
-    clipped = mask & (((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low)))  # [B, S]
-    return -J, clipped.sum()
+    c = objective.entropy_coefs[:, None]  # [B, 1]
+
+    # The ratio, its clip, and the lesser of the two.
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()  # r_t  [B, C]
+    surrogate = torch.minimum(ratio * A, ratio.clamp(low, high) * A)  # min(r A, clip(r) A)
+
+    # Means over each completion's tokens, and the weighted sum over the samples.
+    per_sample = masked_mean(surrogate + c * entropies, mask, dim=1)  # [B]
+    J = (objective.weights * per_sample).sum()
+
+    too_high = (A > 0) & (ratio > high)  # [B, C]
+    too_low = (A < 0) & (ratio < low)
+    return -J, (mask & (too_high | too_low)).sum()
 
 
-def scope_temperature(
-    entropy: float, integral: float, *, target: float, minimum: float = 0.8, maximum: float = 1.2,
-    gain: float = 1.0, integral_gain: float = 0.0, integral_band: float = 0.1,
-) -> tuple[float, float]:  # fmt: skip
-    """T, and I for the next step, from the previous step's H, nats a token, and I, 0 at first.
+@dataclass
+class TemperatureRule:
+    """Sets the temperature T of the auxiliary samples by the entropy H, in nats a token.
 
-        T = clip(1 + gain (H0 - H) + I, T_min, T_max),     I <- I + integral_gain (H0 - H)
+    The paper's rule has no integral_gain. It is proportional to the distance from the target H0:
 
-    The paper's rule, gain 1 without I, rests where T balances GRPO's pull, (T - 1) / gain below H0.
-    I removes that offset (EntroPIC, arXiv 2511.15248, has such terms too, on the advantages). It is
-    frozen while T is clipped or H further than `integral_band` from H0, or it would wind up."""
-    error = target - entropy  # H0 - H
-    wanted = 1 + gain * error + integral
-    temperature = min(max(wanted, minimum), maximum)
-    if temperature == wanted and abs(error) <= integral_band:
-        integral += integral_gain * error
-    return temperature, integral
+        T = clip(1 + gain (H0 - H), T_min, T_max)
+
+    It rests where T balances GRPO's pull, so H stays (T - 1) / gain below H0. With an integral_gain
+    T changes by a law that has no such offset. This is a PI controller in velocity form:
+
+        T <- clip(T + gain (H_before - H) + integral_gain (H0 - H), T_min, T_max)
+
+    The second part moves T until H is H0. The first part answers to the fall of H since the last
+    step, so it heats while the entropy still falls, and brakes before the target is reached.
+    Nothing winds up, because the clipped T is all that is kept (theory/README.md, section 8).
+    """
+
+    target: float  # H0
+    gain: float = 1.0
+    integral_gain: float = 0.0
+    minimum: float = 0.8  # T_min
+    maximum: float = 1.2  # T_max
+    temperature: float = 1.0  # T of the next step; 1 in the first
+    last_entropy: float | None = None  # H_before
+
+    def __call__(self, entropy: float) -> float:
+        """Take the entropy of a step, and return the temperature of the next."""
+        error = self.target - entropy  # H0 - H
+        if self.integral_gain == 0:
+            wanted = 1 + self.gain * error
+        else:
+            fall = 0.0 if self.last_entropy is None else self.last_entropy - entropy
+            wanted = self.temperature + self.gain * fall + self.integral_gain * error
+        self.temperature = min(max(wanted, self.minimum), self.maximum)
+        self.last_entropy = entropy
+        return self.temperature
+
+    def state_dict(self) -> dict:
+        """What the next call depends on, for a checkpoint."""
+        return {"temperature": self.temperature, "last_entropy": self.last_entropy}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` returned."""
+        self.temperature, self.last_entropy = state["temperature"], state["last_entropy"]

@@ -9,25 +9,15 @@ costing reward.
 import random
 import re
 import zlib
-from pathlib import Path
 
 from reward import Problem, Task
 
-# 108 k parameters: collapse and control in minutes on 2 CPU cores. The published constants are too
-# weak at this scale (alpha = 1/64 is 8 samples a step; T sticks at 1.2 as H drifts down).
-PRESET = {
-    "model": str(Path(__file__).parent / "start-0"), "task": str(__file__), "max_steps": 350,
-    "generation_batch_size": 512, "num_generations": 8, "max_completion_length": 12,
-    "learning_rate": 3e-4, "num_eval_generations": 64, "per_device_train_batch_size": 1024,
-    "per_device_eval_batch_size": 4096, "bf16": False, "gradient_checkpointing": False,
-    "scope_target_entropy": 0.4, "scope_alpha": 0.25, "scope_weight": 1.0,
-    "scope_temperature_min": 0.5, "scope_temperature_max": 1.5, "scope_gain": 2.0, "scope_integral_gain": 0.05,
-}  # fmt: skip
 INSTRUCTION = (
     "The line above gives three digits and a target. Write an expression of four or five digits "
     "from 1 to 9, joined by + and -, that uses the three given digits (the others are free) and "
     "equals the target. For 2,5,7:19= a right answer is 7+2+5+5. Reply with the expression only."
 )
+NUM_TRAIN_PROBLEMS = 128
 EXPRESSION = re.compile(r"[1-9](?:[+-][1-9]){3,4}")
 
 
@@ -66,8 +56,8 @@ def reward(problem: Problem, completion: str) -> float:
 
 
 def task(config) -> Task:
-    """Problems to train on, by the run's seed, and others, which are the same for every seed."""
+    """Problems to train on, from the run's seed, and others to evaluate on, the same for every seed."""
     rng, test_rng = random.Random(config.seed), random.Random("test")
-    train = [example(rng)[0] for _ in range(config.num_train_problems or 128)]
+    train = [example(rng)[0] for _ in range(NUM_TRAIN_PROBLEMS)]
     test = [example(test_rng, "test")[0] for _ in range(config.num_eval_problems)]
     return Task(train, test, INSTRUCTION, reward)

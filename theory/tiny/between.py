@@ -10,16 +10,6 @@ import re
 
 from reward import Problem, Task
 
-# A pretrained model, on a laptop. T cools little (0.9): colder samples would hasten the fall to below the target.
-PRESET = {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct", "task": str(__file__), "max_steps": 45,
-    "logging_steps": 9, "save_steps": 15, "generation_batch_size": 48, "num_generations": 4,
-    "max_completion_length": 12, "learning_rate": 1e-5, "warmup_steps": 3,
-    "num_eval_problems": 16, "per_device_train_batch_size": 16, "bf16": False, "gradient_checkpointing": False,
-    "scope_target_entropy": 0.5, "scope_alpha": 0.5, "scope_weight": 2.0,
-    "scope_temperature_min": 0.9, "scope_temperature_max": 1.75, "scope_gain": 2.0,
-    "scope_integral_gain": 0.05, "scope_integral_band": 0.25,
-}  # fmt: skip
 INSTRUCTION = "Reply with the number only."
 LARGEST, WIDTHS = 99, range(28, 33)
 

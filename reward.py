@@ -1,7 +1,7 @@
 r"""Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-A verifiable reward needs no judge: the final answer is read from the completion and compared with the
-right one, R = 1 if they agree and 0 if not. This is how a problem of GSM8K looks (Cobbe et al. 2021):
+A verifiable reward needs no judge. The final answer is read from the completion and compared with the
+right one: R = 1 if they agree, else 0. A problem of GSM8K (Cobbe et al. 2021) looks like this:
 
     question  Natalia sold clips to 48 of her friends in April, and then she sold half as many clips
               in May. How many clips did Natalia sell altogether in April and May?
@@ -9,30 +9,29 @@ right one, R = 1 if they agree and 0 if not. This is how a problem of GSM8K look
               Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
               #### 72
 
-The right answer and the completion's are read by the same steps:
+One rule reads the right answer and the completion's. Its steps are functions below:
 
     stated_answer   what stands after the last `####`, or in the last `\boxed{}`
-    plain           without notation: `**1{,}200**` -> `1200`, `\text{(E)}` -> `E`
-    number          the one number of `$1200 a day`, `x = 42`, `42 cm`, `28%`; none in `42 or 43`, `3/4`
-    value           that number, else the text in small letters; two values agree if they are equal
+    plain           the same without notation: `**1{,}200**` is `1200`, `\text{(E)}` is `E`
+    number          its one number: there is one in `$1200 a day`, `x = 42` and `28%`, none in `42 or 43`
+    value           this number, or else the text in small letters; equal values agree
 
-A completion that states no answer is read at its last number. Completions are hostile input: they are
-only matched against patterns that take linear time, and nothing in them is ever evaluated.
+A completion that marks no answer is read at its last number. Completions are hostile input: nothing in
+them is evaluated, and they are matched only against patterns that take linear time.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
-from math import comb, isfinite, nan
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 
 class Problem(NamedTuple):
@@ -50,8 +49,229 @@ class Task(NamedTuple):
     reward: Callable[[Problem, str], float]
 
 
+# --- Reading answers
+
+# Where an answer stands: in a box, after a label behind `####`, or at the last number.
+NESTED = r"[^{}]"
+for _ in range(4):
+    NESTED = rf"(?:[^{{}}]|\{{{NESTED}*\}})"  # braces in braces, as in \frac{\sqrt{3}}{2}
+BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({NESTED}*)\}}")
+LABEL = re.compile(r"[#*_\s]*((the\s+)?(final\s+)?answer(?![a-z])(\s+is\b)?[:*_$\s]*)?", re.IGNORECASE)
+LAST_NUMBER = re.compile(r"(?<![^\s=])[^\s=]*[0-9][^\s=]*(?:(?<=[0-9]) [^\W\d]+)?")  # and the next word
+
+# How it may be written: a pattern, and what a plain answer has instead.
+COMMA = r"(?:,|\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])"  # what may stand between thousands
+UNIT = r"(?:%|°[CF]?|st|nd|rd|th|[kcdm]?m|k?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|h|hrs?|min|s|sec)"
+NOTATION = [
+    (rf"(?<=[0-9])(?<![0-9]{{4}}){COMMA}(?=[0-9]{{3}}(?![0-9]))", ""),  # 1,200
+    (r"\\(?:(?:text|math)[a-z]{0,3}|mbox)\s*\{([^{}]*)\}", r"\1"),  # \text{E}, \mathbf{42}
+    (r"\\[()\[\]]|\\(?:left|right)(?![a-z])|</?[a-z]+>|\\[,;:! ]|~", " "),
+    (r"\[([^\[\],]*)\]", r"\1"),  # [E], not an interval
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\^\{?\\circ\}?", "°"),
+    (r"\\([$%])", r"\1"),
+    (r"-[$€£]|\u2212", "-"),  # -$5, and the typographer's minus
+    (r"(?<![0-9])[$€£*`]|[$€£*`](?![0-9])", " "),  # not the sign in 6*7
+    (r"(?<=[A-Za-z]):", " : "),
+    (r"\s+", " "),
+    (rf"([0-9] ?{UNIT}|[0-9] [a-z/]{{3,20}})(?: ?\^ ?\{{?-?)?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
+]
+
+# What a number is: a word such as 42, 42cm or 42/day, what may lead to it, and a unit that may follow.
+DIGITS = r"[+-]?(?:[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
+AMOUNT = re.compile(rf"({DIGITS})(?:{UNIT}(?:/[hs])?|/[a-z]{{2,}})?[,;]?")
+BEFORE = {":", "is", "are", "was", "has", "have", "costs", "about", "total"}
+AFTER = re.compile(  # but none of the words that make another number of it
+    r"(?!or\b|and an?\b|[ap]\.?m\b|half|halves|thirds?\b|quarters?\b|dozen|hundred|thousand|[a-z]+illion)"
+    r"(?:[%°(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{2})"
+)
+
+
+def plain(text: str) -> str:
+    r"""The text without notation: `**\$1{,}200**.` is `1200`, `\text{(E)}` is `E`, `42 cm^2` is `42 cm`."""
+    for pattern, replacement in NOTATION:
+        text = re.sub(pattern, replacement, text)
+    return text.strip().rstrip(" .,:;!?-_()\"'").lstrip(" ,:;!?_()\"'")
+
+
+def number(answer: str) -> Decimal | None:
+    """The one number of a plain answer; None if there is none, or more, or one of over 40 characters."""
+    # Of an equation it is the right side that counts; "x = 3 or x = 4" is more than one.
+    left, _, right = answer.rpartition("=")
+    if re.search(r"[,;<>]|!$|\b(?:or|and)\b", left):
+        return None
+
+    # One word has digits. It is a number, and the words around it leave it as it is.
+    words = re.findall(r"(?:^| )([^ ]*\d[^ ]*)", right)
+    if len(words) != 1:
+        return None
+    before, _, after = right.partition(words[0])
+    before, after = before.lower().split(), after.strip()
+    amount = AMOUNT.fullmatch(words[0])
+    if amount is None or len(amount[1]) > 40:
+        return None
+    if before and before[-1] not in BEFORE:
+        return None
+    if after and not AFTER.match(after):
+        return None
+    return Decimal(amount[1])
+
+
+def value(answer: str) -> Decimal | str:
+    """What an answer says, for comparison: its number, or else its text in small letters."""
+    boxes = BOX.findall(answer)
+    if len(boxes) == 1:
+        answer = boxes[0]
+    answer = plain(answer)
+    amount = number(answer)
+    return answer.casefold() if amount is None else amount
+
+
+def stated_answer(text: str) -> str | None:
+    r"""The line after the last `####`, else the last `\boxed{}`; None if there is neither.
+
+    Words after `####`, with more text below them, are a heading: a box anywhere comes before them.
+    """
+    boxes = BOX.findall(text)
+    _, mark, after = text.rpartition("####")
+    if mark:
+        line, _, below = after[LABEL.match(after).end() :].partition("\n")
+        is_heading = below.strip() and number(plain(line)) is None
+        if not (boxes and is_heading):
+            return line.strip()
+    return boxes[-1] if boxes else None
+
+
+def answer_reward(problem: Problem, completion: str) -> float:
+    """1.0 if the completion's final answer is the problem's, else 0.0."""
+    wanted = stated_answer(problem.answer)
+    if wanted is None:
+        wanted = problem.answer
+    given = stated_answer(completion)
+    if given is None:
+        given = (LAST_NUMBER.findall(plain(completion)) or [""])[-1]
+    return float(value(given) == value(wanted) != "")
+
+
+# --- Problems from files
+def gold_answer(answer: str | float) -> str:
+    """The final answer in a field `answer`. Raises ValueError if no completion can earn it."""
+    if not isinstance(answer, str | int | float) or str(answer) in ("nan", "inf", "-inf"):
+        raise ValueError("the answer is neither a text nor a finite number")
+    text = str(answer).strip()
+    text.encode()  # fails for half of a surrogate pair, which no tokenizer takes
+
+    # A worked solution must mark its final answer.
+    final = stated_answer(text)
+    if final is None:
+        words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", text)  # \frac is none
+        if len(words) > 5 or "\n" in text:
+            raise ValueError("the answer is long: put #### before the final answer")
+        final = text
+
+    # What the file says must earn 1, and the final answer in a box as well.
+    for completion in (f"#### {text}", f"\\boxed{{{final}}}"):
+        if answer_reward(Problem("", final), completion) != 1:
+            raise ValueError(f"no completion can earn {final!r:.60}: make it a number or a short text")
+    return final
+
+
+def load_problems(path: str | Path) -> list[Problem]:
+    r"""Read a JSONL file of questions and answers. Of equal questions the first is kept.
+
+    An answer is short, as `42`, `$42$`, `42 apples` or `Paris`, or it is a worked solution that has its
+    final answer after `####` or in a `\boxed{}`. Raises ValueError, naming file and line, if the file
+    cannot be read, if a line is not a problem, or if no completion can earn its answer.
+    """
+    expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
+    with one_line_error(f"cannot read the data file {path}"):
+        lines = Path(path).read_bytes().split(b"\n")
+    problems = {}  # by question
+    for line_number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        shown = line[:60].decode(errors="replace")
+        with one_line_error(f"{path}, line {line_number}: {expected}, got {shown!r}"):
+            record = json.loads(line)
+            question, answer = record["question"], record["answer"]
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError("the question is empty or no text")
+            question.encode()
+            if question not in problems:
+                problems[question] = Problem(question, gold_answer(answer))
+    if not problems:
+        raise ValueError(f"{path} holds no problems")
+    return list(problems.values())
+
+
+# --- GSM8K
+INSTRUCTION = "Reason step by step, briefly. Then give the final answer alone on the last line, after ####."
+URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+SHA256 = {
+    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+
+
+def download(split: str) -> Path:
+    """The file "train" or "test" of GSM8K (MIT licence), downloaded if it is missing or damaged.
+
+    It is kept in $SCOPE_RL_CACHE or ~/.cache/scope_rl. Raises ValueError if it cannot be had.
+    """
+    folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
+    path = folder / f"gsm8k-{split}.jsonl"
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[split]:
+        with one_line_error("cannot download GSM8K (give --train_file and --test_file)"):
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(f"{URL}{split}.jsonl", str(path), SHA256[split])
+    return path
+
+
+def gsm8k_task(train_file: str | None = None, test_file: str | None = None) -> Task:
+    """GSM8K, or files of one's own that are like it.
+
+    Of a train file without a test file the last tenth is held out for evaluation. A question that stands
+    in both files is evaluated, not trained on. Raises ValueError if nothing is left to train on.
+    """
+    train = load_problems(train_file or download("train"))
+    if test_file or not train_file:
+        test = load_problems(test_file or download("test"))
+    else:
+        test = train[-math.ceil(len(train) / 10) :]
+
+    evaluated = {problem.question for problem in test}
+    train = [problem for problem in train if problem.question not in evaluated]
+    if not train:
+        raise ValueError(f"{train_file}: all its questions are for evaluation, none is left to train on")
+    return Task(train, test, INSTRUCTION, answer_reward)
+
+
+# --- Rewards and measures
 class RewardError(ValueError):
-    """A reward that failed, or that is no number from 0 to 1."""
+    """A reward that failed, or that is not a number from 0 to 1."""
+
+
+def reward_of(task: Task, problem: Problem, completion: str) -> float:
+    """The task's reward, checked. Raises RewardError, which names the completion and the question."""
+    with one_line_error(f"the reward of {completion!r:.80} for {problem.question!r:.80}", RewardError):
+        reward = task.reward(problem, completion)
+        is_number = hasattr(reward, "__float__")  # also a bool, or a tensor of one element
+        if not is_number or not 0 <= float(reward) <= 1:
+            raise ValueError(f"{reward!r:.80} is not a number from 0 to 1")
+        return float(reward)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Pass@k's unbiased estimate (Chen et al. 2021, equation 1) from c right of n; or ValueError."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def distinct_correct(texts: list[str], rewards: list[float]) -> int:
+    """How many different right answers a prompt's completions hold; white space makes no difference."""
+    right = [text for text, reward in zip(texts, rewards, strict=True) if reward == 1]
+    return len({" ".join(text.split()) for text in right})
 
 
 @contextmanager
@@ -63,99 +283,7 @@ def one_line_error(failure: str, kind: type[Exception] = ValueError) -> Iterator
         message = str(error).strip()
         if " " not in message:
             message = repr(error)  # a bare word needs its type: KeyError('task')
-        lines = message.splitlines()
-        if lines[0].rstrip().endswith(":"):
-            lines = [" ".join(message.split())]  # the first line only announces the others
-        raise kind(f"{failure}: {lines[0][:400]}") from None
-
-
-# --- Reading an answer
-NESTED = r"[^{}]"
-for _ in range(4):
-    NESTED = rf"(?:[^{{}}]|\{{{NESTED}*\}})"  # braces in braces, as in \frac{\sqrt{3}}{2}
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({NESTED}*)\}}")
-LABEL = re.compile(r"[#*_\s]*(?:(?:the\s+)?(?:final\s+)?answer(?![a-z])(?:\s+is\b)?[:*_\s]*)?", re.IGNORECASE)
-
-COMMA = r"(?:,|\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])"  # what may stand between thousands
-THOUSANDS = re.compile(rf"(?<![0-9.,])[0-9]{{1,3}}(?:{COMMA}[0-9]{{3}})+(?![0-9])")
-UNIT = r"(?:st|nd|rd|th|[kcdm]?m|k?g|m?[lL]|mg|lbs?|oz|ft|in|yd|mi|mph|h|hrs?|min|s|sec)"  # may be glued to a number
-NOTATION = [  # patterns, and what stands for them in a plain answer
-    (r"\u2212", "-"),  # the typographer's minus
-    (r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r"\1"),
-    (r"\\[()\[\]]|\\(?:left|right)(?![a-z])|</?[a-z]+>", " "),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\^\{?\\circ\}?", "°"),
-    (r"\\([$%])", r"\1"),
-    (r"\\[,;:! ]|~", " "),
-    (r"-[$€£]", "-"),  # -$5
-    (r"(?<![0-9])[$€£*_`]|[$€£*_`](?![0-9])", " "),  # dollars and emphasis; not the sign of 6*7
-    (rf"([0-9] ?{UNIT}|[0-9] [a-z/]{{3,20}})(?: ?\^ ?\{{?-?)?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
-]
-NUMBER = re.compile(r"[+-]?(?:[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2}(?![0-9]))?")
-LEAD = re.compile(  # `x =`, `the total is`, `Answer:`; up to the last of them, in one statement
-    r"\A(?:(?!\b(?:or|and)\b)[^,;<>!])*(?:=|(?<![0-9]):|\b(?:is|are|was|has|have|costs|about|total)\b)\s*(?=[-+.0-9])",
-    re.IGNORECASE,
-)
-CONTINUED = re.compile(  # what makes of a number another one
-    rf"(?!{UNIT}(?![a-z]))[^\W\d]|[({{\[:]"  # 2x, 2pi, 10², 2(x + 1)
-    r"|\s?[-+*^\\<>=×÷·√]|\s?/(?![a-z]{2})"  # 42 + x, 2\pi, 3/x; not 5/hour
-    r"|[.)]\s*[^\W\d]"  # 4. The sum
-    r"|\s(?:[b-fi-kn-rt-zπ]|or|and an?|[ap]m|half|halves|thirds?|quarters?|(?:fif|ten|hundred)ths?"
-    r"|dozen|hundred|thousand|[a-z]+illion)\b"
-)
-LAST = re.compile(r"(?<![^\s=])[^\s=]*[0-9][^\s=]*(?:(?<=[0-9]) [^\W\d]+)?")  # a word with a digit, and the next
-
-
-def plain(text: str) -> str:
-    r"""The text without notation: `**\$1{,}200**.` -> `1200`, `\text{(E)}` -> `E`, `42 cm^2` -> `42 cm`."""
-    text = THOUSANDS.sub(lambda match: re.sub("[^0-9]", "", match[0]), text)
-    for pattern, replacement in NOTATION:
-        text = re.sub(pattern, replacement, text)
-    return " ".join(text.split()).rstrip(" .,:;!?-()\"'").lstrip(" ,:;!?()\"'≈→")
-
-
-def number(answer: str) -> Decimal | None:
-    """The one number of a plain answer; None if there is none, or more, or one of over 40 characters."""
-    answer = LEAD.sub("", answer, count=1)
-    match = NUMBER.match(answer)
-    if match is None or len(match[0]) > 40:
-        return None
-    rest = answer[match.end() :]
-    if CONTINUED.match(rest) or re.search(r"\d", rest):
-        return None
-    return Decimal(match[0])
-
-
-def value(answer: str) -> Decimal | str:
-    """What an answer says, to be compared: a number, or a text in small letters."""
-    boxes = BOX.findall(answer)
-    if len(boxes) == 1:
-        answer = boxes[0]
-    answer = plain(answer)
-    found = number(answer)
-    return answer.casefold() if found is None else found
-
-
-def stated_answer(text: str) -> str | None:
-    r"""The line after the last `####`, or the last `\boxed{}`; None if there is neither.
-
-    A line of words after `####`, with more text below it, is a heading: then a box comes first.
-    """
-    boxes = BOX.findall(text)
-    _, mark, after = text.rpartition("####")
-    line, _, below = after[LABEL.match(after).end() :].partition("\n")
-    is_heading = below.strip() and number(plain(line)) is None
-    if mark and not (is_heading and boxes):
-        return line.strip()
-    return boxes[-1] if boxes else None
-
-
-def answer_reward(problem: Problem, completion: str) -> float:
-    """1.0 if the completion's final answer is the problem's, else 0.0."""
-    wanted = stated_answer(problem.answer)
-    if wanted is None:
-        wanted = problem.answer
-    given = stated_answer(completion)
-    if given is None:
-        given = (LAST.findall(plain(completion)) or [""])[-1]
-    return float(value(given) == value(wanted) != "")
+        first_line = message.splitlines()[0].rstrip()
+        if first_line.endswith(":"):
+            first_line = " ".join(message.split())  # it only announces the lines below
+        raise kind(f"{failure}: {first_line:.400}") from None

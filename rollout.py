@@ -55,7 +55,8 @@ class Rollout:
 
     def lengths(self) -> Tensor:
         """`[B]`: tokens of prompt and completion together."""
-        return self.prompt_mask.sum(1)[self.owner] + self.completion_mask.sum(1)
+        prompt_lengths = self.prompt_mask.sum(1)  # [P]
+        return prompt_lengths[self.owner] + self.completion_mask.sum(1)
 
 
 # --- Sampling
@@ -76,8 +77,11 @@ class Sampler:
         p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
         dtype = torch.float32 if p.device.type == "mps" else torch.float64
         cumulative = p.cumsum(-1, dtype=dtype)
-        u = self.uniforms[:, len(self.noted), None].to(dtype) * cumulative[:, -1:]  # [b, 1]
-        tokens = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
+        place = len(self.noted)
+        u = self.uniforms[:, place : place + 1].to(dtype)  # [b, 1]
+        total = cumulative[:, -1:]  # 1, up to rounding
+        tokens = torch.searchsorted(cumulative, u * total, right=True)
+        tokens = tokens.clamp(max=p.shape[1] - 1)
 
         # Note what the policy says of it at temperature 1, whatever T it was drawn at.
         log_p = log_policy(logits)  # [b, V]
@@ -86,6 +90,13 @@ class Sampler:
 
         # Leave only this token for the greedy choice of `generate`.
         return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of all tokens that end a completion: the model's and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
 @torch.no_grad()
@@ -103,77 +114,98 @@ def generate(
     if uniforms is None:
         uniforms = torch.rand(len(prompts), max_completion_length, dtype=torch.float64)
 
-    # All tokens that end a completion: the model's and the tokenizer's.
-    ends = own_config.eos_token_id if isinstance(own_config.eos_token_id, list) else [own_config.eos_token_id]
-    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
+    ends = end_tokens(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
 
     # Number the distinct prompts, and tokenize them.
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    distinct = list(dict.fromkeys(prompts))
+    numbers = {prompt: i for i, prompt in enumerate(distinct)}
     owner = torch.tensor([numbers[prompt] for prompt in prompts], device=device)  # [B]
-    left = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = tokenizer(list(numbers), return_tensors="pt", **left).to(device)  # [P, L]
+    options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    inputs = tokenizer(distinct, return_tensors="pt", **options).to(device)  # [P, L]
 
     # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's has
     # temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    temperatures = temperatures.to(device)
+    uniforms = uniforms.to(device)
+    pad = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     try:
         # An autocast around all of it keeps the weights that the body's autocast has cast.
         with torch.autocast(device.type, enabled=False):
-            completions, noted = decode(model, inputs, owner, temperatures.to(device), uniforms.to(device))
+            completions, noted = decode(model, inputs, owner, temperatures, uniforms)
     finally:
         model.generation_config = own_config
 
     # The completion is all before the first end token, and that token. It is found by position and
     # not by id, since many models pad with their end token.
     is_end = torch.isin(completions, torch.tensor(ends, device=device))  # [B, C]
-    mask = is_end.cumsum(1) - is_end.long() == 0
-    longest = int(mask.sum(1).max())
-    completions, mask = completions[:, :longest], mask[:, :longest]
+    ends_before = is_end.cumsum(1) - is_end.long()
+    mask = ends_before == 0
+    counts = mask.sum(1)
+    longest = int(counts.max())
+    completions = completions[:, :longest]
+    mask = mask[:, :longest]
     logprobs, entropies = noted[:, :, :longest] * mask
-    tokens = completions[mask].cpu().split(mask.sum(1).tolist())
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    prompts, prompt_mask, truncated = inputs.input_ids, inputs.attention_mask, ~is_end.any(1)
-    return Rollout(prompts, prompt_mask, owner, completions, mask, logprobs, entropies, truncated, texts)
+
+    tokens = completions[mask].cpu().split(counts.tolist())
+    return Rollout(
+        prompts=inputs.input_ids,
+        prompt_mask=inputs.attention_mask,
+        owner=owner,
+        completions=completions,
+        completion_mask=mask,
+        logprobs=logprobs,
+        entropies=entropies,
+        truncated=~is_end.any(1),
+        texts=tokenizer.batch_decode(tokens, skip_special_tokens=True),
+    )
 
 
 def decode(
     model: PreTrainedModel, inputs, owner: Tensor, temperatures: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Continue prompt owner[i] in row i: token ids `[B, C]`, and what `Sampler` noted, `[2, B, C]`."""
-    (B, C), device, config = uniforms.shape, owner.device, model.generation_config
-    prompts, mask = inputs.input_ids, inputs.attention_mask  # [P, L]
-    ends = torch.tensor(config.eos_token_id, device=device)
+    B, C = uniforms.shape
+    device, config = owner.device, model.generation_config
+    end_tokens = torch.tensor(config.eos_token_id, device=device)
     completions = torch.full((B, C), config.pad_token_id, device=device)
     noted = torch.zeros(2, B, C, device=device)
 
     # Read each prompt once, up to its last token. The token that is sampled here is not used.
-    cache = empty_cache(model)
-    options, segment = ({}, C) if cache is None else ({"past_key_values": cache}, SEGMENT)
-    if cache is not None and prompts.shape[1] > 1:
-        model.generate(prompts[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, **options)
-        cache.batch_select_indices(owner)
+    prompts, mask = inputs.input_ids, inputs.attention_mask  # [P, L]
+    cache, options, segment = empty_cache(model), {}, C
+    if cache is not None:
+        options, segment = {"past_key_values": cache}, SEGMENT
+        if prompts.shape[1] > 1:
+            before, before_mask = prompts[:, :-1], mask[:, :-1]
+            model.generate(before, attention_mask=before_mask, max_new_tokens=1, **options)
+            cache.batch_select_indices(owner)
 
     sequences, mask = prompts[owner], mask[owner]  # [B, L]
-    rows, start = torch.arange(B, device=device), 0  # the rows that go on  [b]
+    rows = torch.arange(B, device=device)  # those that go on  [b]
+    start = 0
     while start < C and len(rows) > 0:
         # Continue them by a segment of n tokens.
-        sampler = Sampler(temperatures[rows], uniforms[rows, start : start + segment])
-        options |= {"max_new_tokens": min(segment, C - start), "logits_processor": [sampler]}
-        longer = model.generate(sequences, attention_mask=mask, **options)  # [b, ... + n]
-        new = longer[:, sequences.shape[1] :]
+        stop = min(start + segment, C)
+        sampler = Sampler(temperatures[rows], uniforms[rows, start:stop])
+        options |= {"max_new_tokens": stop - start, "logits_processor": [sampler]}
+        length = sequences.shape[1]
+        sequences = model.generate(sequences, attention_mask=mask, **options)
+        new = sequences[:, length:]  # [b, n]
         n = new.shape[1]
-        completions[rows, start : start + n] = new
-        noted[:, rows, start : start + n] = torch.stack(sampler.noted, -1)[:, :, :n]
-        start += n
+        stop = start + n
+        completions[rows, start:stop] = new
+        noted[:, rows, start:stop] = torch.stack(sampler.noted[:n], -1)
 
         # Those that have ended leave the batch and the cache.
-        goes_on = ~torch.isin(new, ends).any(1)  # [b]
-        rows, sequences = rows[goes_on], longer[goes_on]
+        goes_on = ~torch.isin(new, end_tokens).any(1)  # [b]
+        rows, sequences = rows[goes_on], sequences[goes_on]
         mask = F.pad(mask[goes_on], (0, n), value=1)
         if cache is not None and not goes_on.all():
             cache.batch_select_indices(goes_on)
+        start = stop
     return completions, noted
 
 
@@ -224,15 +256,24 @@ def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor)
 
     There a causal model does not look, so it needs no mask.
     """
-    owner, longest = samples.owner[rows], int(samples.lengths()[rows].max())
-    L = samples.prompts.shape[1]
-    padding = L - samples.prompt_mask[owner].sum(1, keepdim=True)  # [n, 1]
-    ids = torch.cat([samples.prompts[owner], samples.completions[rows]], 1)  # [n, L + C]
+    owner = samples.owner[rows]  # [n]
+    prompts, completions = samples.prompts[owner], samples.completions[rows]
+    ids = torch.cat([prompts, completions], 1)  # [n, L + C]
+    L, width = prompts.shape[1], ids.shape[1]
     is_completion = F.pad(samples.completion_mask[rows], (L, 0))
-    columns = (torch.arange(longest, device=ids.device) + padding) % ids.shape[1]  # [n, longest]
-    ids, is_completion = ids.gather(1, columns), is_completion.gather(1, columns)
+
+    # Turn each row by its own padding, and cut what is padding in all of them.
+    padding = L - samples.prompt_mask[owner].sum(1, keepdim=True)  # [n, 1]
+    longest = int(samples.lengths()[rows].max())
+    columns = torch.arange(longest, device=ids.device) + padding
+    columns = columns % width  # [n, longest]
+    ids = ids.gather(1, columns)
+    is_completion = is_completion.gather(1, columns)
+
+    # The state before a token predicts it.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1][is_completion[:, 1:]]
+    before = hidden[:, :-1]
+    return before[is_completion[:, 1:]]
 
 
 def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
@@ -244,22 +285,27 @@ def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: 
     used, owner = samples.owner[rows].unique(return_inverse=True)  # [U], [n]
     mask = samples.prompt_mask[used]
     L = int(mask.sum(1).max())
-    prompts, mask = samples.prompts[used, -L:], mask[:, -L:]  # [U, L]
+    mask = mask[:, -L:]  # [U, L]
+    prompts = samples.prompts[used, -L:]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     # All but its last token goes into the cache, which is then copied for each of its completions.
+    last, positions_of_last = prompts[owner, -1:], positions[owner, -1:]  # [n, 1]
     if L > 1:
-        body(prompts[:, :-1], mask[:, :-1], position_ids=positions[:, :-1], **options)
+        before = prompts[:, :-1]
+        places = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+        body(before, **places, **options)
         cache.batch_select_indices(owner)
 
     # The last token is read with the completion, whose own last token predicts nothing.
     is_completion = samples.completion_mask[rows]  # [n, C]
     c = int(is_completion.sum(1).max())
-    ids = torch.cat([prompts[owner, -1:], samples.completions[rows, : c - 1]], 1)  # [n, c]
+    completions = samples.completions[rows, : c - 1]
+    ids = torch.cat([last, completions], 1)  # [n, c]
     mask = F.pad(mask[owner], (0, c - 1), value=1)  # [n, L + c - 1]
-    positions = positions[owner, -1:] + torch.arange(c, device=ids.device)
-    hidden = body(ids, mask, position_ids=positions, **options).last_hidden_state
-    return hidden[is_completion[:, :c]]
+    positions = positions_of_last + torch.arange(c, device=ids.device)
+    output = body(ids, attention_mask=mask, position_ids=positions, **options)
+    return output.last_hidden_state[is_completion[:, :c]]
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
@@ -267,16 +313,19 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
 
     Gradient checkpointing has no cache, and on a GPU attention under a mask can return NaN.
     """
-    takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
-    is_checkpointing = model.is_gradient_checkpointing and model.training
-    on_cpu = model.device.type == "cpu"
-    return on_cpu and takes_positions and not is_checkpointing and empty_cache(model) is not None
+    if model.device.type != "cpu" or empty_cache(model) is None:
+        return False
+    if model.training and model.is_gradient_checkpointing:
+        return False
+    parameters = inspect.signature(type(model.base_model).forward).parameters
+    return "position_ids" in parameters
 
 
 def micro_batches(model, samples: Rollout, rows: Tensor, size: int) -> tuple[Tensor, ...]:
     """Rows, `size` at a time, in an order that is cheap to score: by prompt, or by length."""
-    key = samples.owner if can_share_prompts(model) else samples.lengths()
-    return rows[key[rows].argsort(stable=True)].split(size)
+    keys = samples.owner if can_share_prompts(model) else samples.lengths()  # [B]
+    order = keys[rows].argsort(stable=True)
+    return rows[order].split(size)
 
 
 # --- The model
@@ -300,7 +349,8 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     if info["missing_keys"]:
-        raise ValueError(f"it lacks weights: {sorted(info['missing_keys'])[:3]}")
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"it lacks weights: {missing[:3]}")
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no end token")
     for key, weight in model.named_parameters():
@@ -313,13 +363,15 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
         torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
-    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    model.to(device or "cpu")
     if bf16:
         body, head = model.base_model, model.get_output_embeddings()
-        body.forward = torch.autocast(model.device.type, torch.bfloat16)(body.forward)
+        bfloat16 = torch.autocast(model.device.type, torch.bfloat16)
+        body.forward = bfloat16(body.forward)
         head.register_forward_pre_hook(lambda head, inputs: (at_least_float32(inputs[0]),))
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_sampled_is_scored(model, tokenizer, tolerance=0.1 if bf16 else 0.01)
+    check_sampled_is_scored(model, tokenizer, tolerance=0.3 if bf16 else 0.01)
     return model.eval(), tokenizer
 
 
@@ -331,16 +383,18 @@ def check_sampled_is_scored(model, tokenizer, tolerance: float) -> None:
     the output head (a soft cap, a scale, a bias). Raises ValueError then.
     """
     prompts = ["1+2=", "12+34+56+78="] * 4
-    uniforms = torch.rand(8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    uniforms = torch.rand(8, 16, generator=generator, dtype=torch.float64)
     samples = generate(model.eval(), tokenizer, prompts, torch.ones(8), 16, uniforms)
-    logprobs, _ = score(model.train(), samples, torch.arange(8, device=model.device))
-    distance = (logprobs - samples.logprobs)[samples.completion_mask].abs().mean().item()
+    rows = torch.arange(8, device=model.device)
+    logprobs, _ = score(model.train(), samples, rows)
+    distance = (logprobs - samples.logprobs).abs().max().item()
     if not distance <= tolerance:
-        wrong = f"log p in sampling and in scoring differ by {distance:.2g} nats a token"
+        wrong = f"log p in sampling and in scoring differ by {distance:.2g} nats"
         raise ValueError(f"{wrong}: it is no plain causal model, choose another")
 
 
-def context_length(model: PreTrainedModel) -> float:
+def room(model: PreTrainedModel) -> float:
     """The tokens that the model has positions for, which is infinite where none are numbered."""
     config = model.config
     lengths = (
@@ -355,8 +409,9 @@ def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], ins
 
     A special token in a question could end the turn, so it is spelt with spaces between.
     """
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    special = re.compile("|".join(re.escape(token) for token in tokens))
+    added = tokenizer.added_tokens_decoder.values()
+    patterns = [re.escape(token.content) for token in added if token.special]
+    special = re.compile("|".join(patterns))
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     prompts = []
     for question in questions:

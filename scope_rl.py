@@ -22,6 +22,7 @@ J is a sum over these rows, so any split into micro-batches adds up to the same 
     J = sum_i w_i / |o_i| sum_t [ min(r_t A_i, clip(r_t) A_i) + c_i H_t ]
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from entropy import masked_mean
 
 ADVANTAGE_EPSILON = 1e-4  # "small" above
+BOOST_RATE = 1.5  # of alpha's logarithm, for each unit of T beyond T_max
 
 
 class Objective(NamedTuple):
@@ -136,13 +138,16 @@ class TemperatureRule:
         T = clip(1 + gain (H0 - H), T_min, T_max)
 
     It rests where T balances GRPO's pull, so H stays (T - 1) / gain below H0. With an integral_gain
-    T changes by a law that has no such offset. This is a PI controller in velocity form:
+    T moves by a law that has no such offset, a PI controller in velocity form:
 
         T <- clip(T + gain (H_before - H) + integral_gain (H0 - H), T_min, T_max)
 
-    The second part moves T until H is H0. The first part answers to the fall of H since the last
+    The last part moves T until H is H0. The middle part answers to the fall of H since the last
     step, so it heats while the entropy still falls, and brakes before the target is reached.
     Nothing winds up, because the clipped T is all that is kept (theory/README.md, section 8).
+
+    Where T_max is not hot enough, a max_boost above 1 lets the rule go on with the term's weight: it
+    keeps a T above T_max, draws at T_max, and multiplies alpha by exp(BOOST_RATE (T - T_max)).
     """
 
     target: float  # H0
@@ -150,25 +155,32 @@ class TemperatureRule:
     integral_gain: float = 0.0
     minimum: float = 0.8  # T_min
     maximum: float = 1.2  # T_max
-    temperature: float = 1.0  # T of the next step; 1 in the first
+    max_boost: float = 1.0  # the largest factor of alpha
+    wanted: float = 1.0  # the T that is kept
+    temperature: float = 1.0  # of the next step; 1 in the first
+    boost: float = 1.0  # what alpha is multiplied by in the next step
     last_entropy: float | None = None  # H_before
 
     def __call__(self, entropy: float) -> float:
-        """Take the entropy of a step, and return the temperature of the next."""
+        """Take the entropy of a step. Return the temperature of the next, which is kept as well."""
         error = self.target - entropy  # H0 - H
         if self.integral_gain == 0:
             wanted = 1 + self.gain * error
         else:
             fall = 0.0 if self.last_entropy is None else self.last_entropy - entropy
-            wanted = self.temperature + self.gain * fall + self.integral_gain * error
-        self.temperature = min(max(wanted, self.minimum), self.maximum)
+            wanted = self.wanted + self.gain * fall + self.integral_gain * error
+        limit = self.maximum + math.log(self.max_boost) / BOOST_RATE
+        self.wanted = min(max(wanted, self.minimum), limit)
+        self.temperature = min(self.wanted, self.maximum)
+        self.boost = math.exp(BOOST_RATE * (self.wanted - self.temperature))
         self.last_entropy = entropy
         return self.temperature
 
     def state_dict(self) -> dict:
-        """What the next call depends on, for a checkpoint."""
-        return {"temperature": self.temperature, "last_entropy": self.last_entropy}
+        """What the next step depends on, for a checkpoint."""
+        names = "wanted", "temperature", "boost", "last_entropy"
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what `state_dict` returned."""
-        self.temperature, self.last_entropy = state["temperature"], state["last_entropy"]
+        vars(self).update(state)

@@ -30,11 +30,23 @@ def test_entropy_at_a_temperature_per_distribution():
     torch.testing.assert_close(token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("impossible", [-math.inf, -3e38])
+def test_a_token_that_cannot_be_drawn_adds_nothing(impossible, T=0.7):
+    """As top-k leaves it, or as huge logits do: entropy and its two derivatives are those of the other tokens."""
+    rest = torch.tensor([0.3, -1.0, 2.0], requires_grad=True)
+    results = []
+    for z in (rest, torch.cat([rest, torch.tensor([impossible])])):
+        H = token_entropy(z, T)
+        gradient = torch.autograd.grad(H, rest, retain_graph=True)[0]
+        results.append([H.detach(), gradient, entropy_temperature_derivative(z.detach(), T)])
+    torch.testing.assert_close(results[0], results[1])
+    assert token_entropy(torch.tensor([0.0, impossible])).item() == 0.0
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 def test_temperature_derivative_against_autograd_and_finite_differences(scale):
     logits = torch.randn(50, 23, dtype=torch.float64) * scale
-    T = torch.rand(50, dtype=torch.float64) * 3 + 0.3
-    T.requires_grad_()
+    T = (torch.rand(50, dtype=torch.float64) * 3 + 0.3).requires_grad_()
     (by_autograd,) = torch.autograd.grad(token_entropy(logits, T).sum(), T)
     h = 1e-5
     by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (2 * h)
@@ -69,14 +81,12 @@ def test_chunked_scoring_equals_float64_log_softmax(chunk_size, used):
         values = logprobs_and_entropies(h, head, tokens, chunk_size) if not results else reference(h, head)
         terms = [(value * u).sum() for value, u in zip(values, upstream, strict=True) if u.any()]
         sum(terms).backward()
-        tensors = (*(v.detach() for v in values), h.grad, head.weight.grad)
-        results.append([t.double() for t in tensors])
+        results.append([x.detach().double() for x in (*values, h.grad, head.weight.grad)])
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).abs().max() <= 1e-5 * max(1.0, wanted.abs().max())
 
 
-def test_the_gradient_in_closed_form_is_autograds():
-    """gradcheck: against finite differences in float64, both outputs."""
+def test_the_gradient_in_closed_form_is_that_of_finite_differences_in_float64():
     hidden, tokens = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randint(13, (9,))
     weight = torch.randn(13, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h, w: ChunkedHead.apply(h, w, tokens, 4), (hidden, weight))
@@ -84,8 +94,7 @@ def test_the_gradient_in_closed_form_is_autograds():
 
 def test_no_tensor_of_all_logits_ever_exists():
     """Every tensor that any operator makes is watched, in the forward and the backward pass."""
-    N, D, V, chunk = 64, 8, 500, 4
-    largest = 0
+    N, D, V, chunk, largest = 64, 8, 500, 4, 0
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -105,14 +114,15 @@ def test_no_tensor_of_all_logits_ever_exists():
 
 def test_half_precision_logits_are_raised_to_float32():
     logits = (torch.randn(8, 50) * 5).bfloat16()
-    entropy = token_entropy(logits)
-    assert entropy.dtype == torch.float32
-    torch.testing.assert_close(entropy.double(), token_entropy(logits.double()), atol=1e-5, rtol=0)
+    H = token_entropy(logits)
+    assert H.dtype == torch.float32
+    torch.testing.assert_close(H.double(), token_entropy(logits.double()), atol=1e-5, rtol=0)
 
 
 def test_half_precision_states_meet_the_head_in_float32():
     """A body in bfloat16 may end in bfloat16; from there on it is float32, and the gradient comes back in bfloat16."""
-    hidden, head, tokens = torch.randn(9, 4).bfloat16().requires_grad_(), linear(torch.randn(13, 4)), torch.arange(9)
+    hidden = torch.randn(9, 4).bfloat16().requires_grad_()
+    head, tokens = linear(torch.randn(13, 4)), torch.arange(9)
     got, wanted = (logprobs_and_entropies(h, head, tokens, 4) for h in (hidden, hidden.detach().float()))
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(got, wanted, strict=True))
     got[0].sum().backward()
@@ -120,7 +130,8 @@ def test_half_precision_states_meet_the_head_in_float32():
 
 
 def test_masked_mean_ignores_what_is_masked_even_nan():
-    values = torch.tensor([[1.0, 3.0, math.nan], [5.0, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
+    nan, inf = math.nan, math.inf
+    values = torch.tensor([[1.0, 3.0, nan], [5.0, inf, nan], [nan] * 3], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     per_row = masked_mean(values, mask, dim=1)
     assert per_row.tolist() == [2.0, 5.0, 0.0]

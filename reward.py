@@ -82,7 +82,8 @@ DIGITS = r"[+-]?(?:[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
 AMOUNT = re.compile(rf"({DIGITS})(?:{UNIT}(?:/[hs])?|/[a-z]{{2,}})?[,;]?")
 BEFORE = {":", "is", "are", "was", "has", "have", "costs", "about", "total"}
 AFTER = re.compile(  # but none of the words that make another number of it
-    r"(?!or\b|and an?\b|[ap]\.?m\b|half|halves|thirds?\b|quarters?\b|dozen|hundred|thousand|[a-z]+illion)"
+    r"(?!or\b|and an?\b|(?i:[ap]\.?m\b)|half|halves|thirds?\b|quarters?\b|squared|cubed)"
+    r"(?!dozen|hundred|thousand|[a-z]+illion)"
     r"(?:[%°(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{2})"
 )
 

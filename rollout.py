@@ -20,6 +20,7 @@ that the last long completion does not make all others wait. The cache is kept b
 import inspect
 import math
 import re
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class Rollout:
     entropies: Tensor  # [B, C] H of the distribution it came from, at temperature 1, nats
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
     texts: list[str]  # B completions without special tokens
+    seconds: float  # what sampling took
 
     def lengths(self) -> Tensor:
         """`[B]`: tokens of prompt and completion together."""
@@ -99,6 +101,16 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*ids, tokenizer.eos_token_id} - {None})
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], device) -> tuple:
+    """Ids and mask `[P, L]` of the distinct prompts, padded on the left; whose each row is, `[B]`."""
+    distinct = list(dict.fromkeys(prompts))
+    numbers = {prompt: i for i, prompt in enumerate(distinct)}
+    owner = torch.tensor([numbers[prompt] for prompt in prompts])
+    options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+    inputs = tokenizer(distinct, return_tensors="pt", **options)
+    return inputs.to(device), owner.to(device)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
@@ -110,25 +122,18 @@ def generate(
     random numbers in [0, 1), `[B, max_completion_length]`, which are drawn here by default. The same
     numbers give the same completions, however the rows are batched.
     """
-    device, own_config = model.device, model.generation_config
+    device, own_config, started = model.device, model.generation_config, time.perf_counter()
     if uniforms is None:
         uniforms = torch.rand(len(prompts), max_completion_length, dtype=torch.float64)
 
     ends = end_tokens(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
-
-    # Number the distinct prompts, and tokenize them.
-    distinct = list(dict.fromkeys(prompts))
-    numbers = {prompt: i for i, prompt in enumerate(distinct)}
-    owner = torch.tensor([numbers[prompt] for prompt in prompts], device=device)  # [B]
-    options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
-    inputs = tokenizer(distinct, return_tensors="pt", **options).to(device)  # [P, L]
+    inputs, owner = tokenize(tokenizer, prompts, device)
 
     # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's has
     # temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
-    temperatures = temperatures.to(device)
-    uniforms = uniforms.to(device)
+    temperatures, uniforms = temperatures.to(device), uniforms.to(device)
     pad = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     try:
@@ -160,6 +165,7 @@ def generate(
         entropies=entropies,
         truncated=~is_end.any(1),
         texts=tokenizer.batch_decode(tokens, skip_special_tokens=True),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -179,8 +185,8 @@ def decode(
     if cache is not None:
         options, segment = {"past_key_values": cache}, SEGMENT
         if prompts.shape[1] > 1:
-            before, before_mask = prompts[:, :-1], mask[:, :-1]
-            model.generate(before, attention_mask=before_mask, max_new_tokens=1, **options)
+            before = prompts[:, :-1]
+            model.generate(before, attention_mask=mask[:, :-1], max_new_tokens=1, **options)
             cache.batch_select_indices(owner)
 
     sequences, mask = prompts[owner], mask[owner]  # [B, L]
@@ -197,7 +203,8 @@ def decode(
         n = new.shape[1]
         stop = start + n
         completions[rows, start:stop] = new
-        noted[:, rows, start:stop] = torch.stack(sampler.noted[:n], -1)
+        notes = torch.stack(sampler.noted, -1)  # [2, b, n]
+        noted[:, rows, start:stop] = notes
 
         # Those that have ended leave the batch and the cache.
         goes_on = ~torch.isin(new, end_tokens).any(1)  # [b]
@@ -290,20 +297,20 @@ def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
     # All but its last token goes into the cache, which is then copied for each of its completions.
-    last, positions_of_last = prompts[owner, -1:], positions[owner, -1:]  # [n, 1]
     if L > 1:
-        before = prompts[:, :-1]
-        places = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
-        body(before, **places, **options)
+        before, places = prompts[:, :-1], positions[:, :-1]
+        body(before, attention_mask=mask[:, :-1], position_ids=places, **options)
         cache.batch_select_indices(owner)
 
     # The last token is read with the completion, whose own last token predicts nothing.
     is_completion = samples.completion_mask[rows]  # [n, C]
     c = int(is_completion.sum(1).max())
+    last = prompts[owner, -1:]  # [n, 1]
     completions = samples.completions[rows, : c - 1]
     ids = torch.cat([last, completions], 1)  # [n, c]
     mask = F.pad(mask[owner], (0, c - 1), value=1)  # [n, L + c - 1]
-    positions = positions_of_last + torch.arange(c, device=ids.device)
+    offsets = torch.arange(c, device=ids.device)
+    positions = positions[owner, -1:] + offsets
     output = body(ids, attention_mask=mask, position_ids=positions, **options)
     return output.last_hidden_state[is_completion[:, :c]]
 

@@ -48,21 +48,18 @@ MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm
 def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
     """One step of SCOPE-RL. Returns its metrics, and a line for each of two completions."""
     config, model = run.config, run.model
-    started = time.perf_counter()
     torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
     T = run.rule.temperature  # set by the entropy of the last step; 1 in the first
 
     # 1. Sample G completions of each prompt at temperature 1, and M more at T, in one call.
     N, G, M = config.generation_batch_size, config.num_generations, config.num_auxiliary
     problems = problems_of_step(run)
-    ordinary, more = torch.arange(N) // G, torch.arange(M) % len(problems)
-    owner = torch.cat([ordinary, more])  # the problem that each completion answers  [N + M]
+    owner = torch.cat([torch.arange(N) // G, torch.arange(M) % (N // G)])  # whose  [N + M]
     asked = [problems[i] for i in owner.tolist()]
     prompts = [problem.prompt for problem in asked]
     temperatures = torch.cat([torch.ones(N), torch.full((M,), T)])
     length = config.max_completion_length
     samples = run.generate(model.eval(), run.tokenizer, prompts, temperatures, length)
-    sampled = time.perf_counter()
 
     # 2. Reward them. A completion that was cut off has not answered, and earns nothing.
     rewards = grade(run.task, asked, samples)  # [N + M]
@@ -72,14 +69,13 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
     H = masked_mean(samples.entropies[:N], mask[:N]).item()
 
     # 4. Write the objective as a table: the advantage and the weight of each completion.
-    groups = rewards[:N].view(-1, G)  # [P, G]
-    auxiliary = rewards[N:]  # [M]
+    groups, auxiliary = rewards[:N].view(-1, G), rewards[N:]  # [P, G], [M]
     alpha = config.scope_alpha * run.rule.boost
     table = run.objective_table(groups, auxiliary, alpha, config.entropy_coef)
 
     # 5. Take a gradient step on each mini-batch of prompts. Gradients of micro-batches add up.
     # Each sample is used once, and pi_old stays what `generate` noted of it.
-    loss, norms, clip_fractions = 0.0, [], []
+    loss, norms, num_tokens, num_clipped = 0.0, [], 0, 0
     num_batches, size = config.num_mini_batches, config.per_device_train_batch_size
     clip = config.epsilon, config.epsilon_high
     for m in range(num_batches):
@@ -87,26 +83,23 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
         rows = (in_batch & table.has_gradient()).nonzero()[:, 0]
         if len(rows) == 0:
             continue  # in each group all rewards are equal, so there is nothing to learn
-        num_clipped = 0
         for micro in rollout.micro_batches(model.train(), samples, rows, size):
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, C]
             old = samples.logprobs[micro]
             part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], table.rows(micro), *clip)
             (part * num_batches).backward()  # the table's weights are shares of the whole step
             loss += part.item()
+            num_tokens += mask[micro].sum().item()
             num_clipped += clipped.item()
         norms.append(gradient_step(run))
-        num_tokens = mask[rows].sum().item()
-        clip_fractions.append(num_clipped / num_tokens)
 
     # 6. Set the temperature of the next step by this step's entropy.
     run.rule(H)
     run.step += 1
     run.problems_seen += len(problems)
     metrics = {"step": run.step, "entropy": H, "scope_temperature": T, "loss": loss}
-    metrics |= {"grad_norm": mean(norms), "clip_fraction": mean(clip_fractions)}
+    metrics |= {"grad_norm": mean(norms), "clip_fraction": num_clipped / max(1, num_tokens)}
     metrics |= sample_metrics(samples, groups, auxiliary)
-    metrics |= {"rollout_seconds": sampled - started, "update_seconds": time.perf_counter() - sampled}
     return metrics, examples(asked, samples, rewards, temperatures)
 
 
@@ -125,6 +118,7 @@ def sample_metrics(samples: rollout.Rollout, groups: Tensor, auxiliary: Tensor) 
         "scope_positive_frac": (auxiliary == 1).sum().item() / max(1, M),
         "completion_length": lengths.mean().item(),  # tokens
         "truncated_frac": samples.truncated[:N].float().mean().item(),  # they have reward 0
+        "rollout_seconds": samples.seconds,
     }
 
 
@@ -223,11 +217,13 @@ def train(run: "Run") -> None:
     with open(run.output / "metrics.jsonl", "a", buffering=1) as metrics_file:
         bar = tqdm(initial=run.step, total=config.max_steps, bar_format=BAR)
         while run.step < config.max_steps:
+            started = time.perf_counter()
             try:
                 metrics, shown = train_step(run)
             except RewardError:
                 save_checkpoint(run)  # with the steps before this one
                 raise
+            metrics["step_seconds"] = time.perf_counter() - started
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} of step {run.step} is not finite")
@@ -242,7 +238,7 @@ def train(run: "Run") -> None:
                 raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
             bar.set_postfix_str(POSTFIX.format(**metrics), refresh=False)
             bar.update()
-            if run.step % config.save_steps == 1:
+            if (run.step - 1) % config.save_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for line in shown:
                     tqdm.write(f"  {line}")

@@ -11,68 +11,101 @@ above zero; torch.inf gives the limit of ever hotter sampling (section 4). Resul
 """
 
 import torch
-from torch import Tensor
 
 from entropy import entropy_of, log_policy
 
 
-def expectation(q: Tensor, f: Tensor) -> Tensor:
+def expectation(q, f):
     """E_q[f], `[..., V]` -> `[...]`."""
     return (q * f).sum(-1)
 
 
-def covariance(q: Tensor, f: Tensor, h: Tensor) -> Tensor:
+def covariance(q, f, h):
     """Cov_q(f, h), `[..., V]` -> `[...]`."""
-    return expectation(q, (f - expectation(q, f)[..., None]) * (h - expectation(q, h)[..., None]))
+    f = f - expectation(q, f)[..., None]
+    h = h - expectation(q, h)[..., None]
+    return expectation(q, f * h)
 
 
-def sampled(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def sampled(z, w, T):
     """q_T(a), proportional to p_T(a) w_a: a rewarded sample drawn at T, `[..., V]` (section 2)."""
     return torch.softmax(log_policy(z, T) + w.log(), dim=-1)
 
 
-def sensitivity(z: Tensor) -> tuple[Tensor, Tensor]:
+def sensitivity(z):
     """g = p (x + H) = -dH/dz, `[..., V]`, and gbar = E_p[g], `[...]` (section 1)."""
     x = log_policy(z)
-    g = x.exp() * (x + entropy_of(x)[..., None])
-    return g, expectation(x.exp(), g)
+    p = x.exp()
+    g = p * (x + entropy_of(x)[..., None])
+    return g, expectation(p, g)
 
 
-def dh_positive(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def dh_positive(z, w, T):
     """dH+(T) = -(E_q[g] - gbar): reinforcing rewarded samples drawn at T (section 2)."""
     g, gbar = sensitivity(z)
     return gbar - expectation(sampled(z, w, T), g)
 
 
-def dh_positive_dt(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def dh_positive_dt(z, w, T):
     """d dH+ / dT = Cov_q(g, x) / T^2 (section 3)."""
-    return covariance(sampled(z, w, T), sensitivity(z)[0], log_policy(z)) / T**2
+    g, _ = sensitivity(z)
+    return covariance(sampled(z, w, T), g, log_policy(z)) / T**2
 
 
-def dh_negative(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def dh_negative(z, w, T):
     """dH-(T) = E_q[g] - gbar: suppressing samples drawn at T; w marks the wrong (section 5)."""
     return -dh_positive(z, w, T)
 
 
-def dh_objective(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def dh_objective(z, w, T):
     """-E_{p_T}[w (g - gbar)]: SCOPE's term as written, averaged over all samples (section 6)."""
     g, gbar = sensitivity(z)
     return -expectation(log_policy(z, T).exp(), w * (g - gbar[..., None]))
 
 
-def dh_objective_dt(z: Tensor, w: Tensor, T: Tensor | float) -> Tensor:
+def dh_objective_dt(z, w, T):
     """Its temperature derivative, Cov_{p_T}(w (g - gbar), x) / T^2 (section 6)."""
     g, gbar = sensitivity(z)
-    return covariance(log_policy(z, T).exp(), w * (g - gbar[..., None]), log_policy(z)) / T**2
+    f = w * (g - gbar[..., None])
+    return covariance(log_policy(z, T).exp(), f, log_policy(z)) / T**2
 
 
-def crossing_temperature(z: Tensor, w: Tensor, low: float = 1e-3, high: float = 1e6) -> Tensor:
+def reward_std(z, w, T):
+    """sqrt(P (1 - P)), P = E_{p_T}[w], of rewards of 0 and 1: GRPO divides by it (section 7)."""
+    P = expectation(log_policy(z, T).exp(), w)
+    return (P * (1 - P)).sqrt()
+
+
+def dh_normalised(z, w, T):
+    """sqrt(P (1 - P)) dH+: the rewarded samples, weighted by GRPO's advantage (section 7)."""
+    return reward_std(z, w, T) * dh_positive(z, w, T)
+
+
+def dh_group(z, w, T):
+    """-Cov_{p_T}(w, g) / sqrt(P (1 - P)): GRPO on a whole group drawn at T (section 7)."""
+    g, _ = sensitivity(z)
+    return -covariance(log_policy(z, T).exp(), w, g) / reward_std(z, w, T)
+
+
+def crossing_temperature(z, w, low=1e-3, high=1e6):
     """Where dH+ crosses zero, by bisection; 0 if never negative, inf if always (section 4)."""
     a = torch.full(z.shape[:-1], low, dtype=z.dtype).log()
     b = torch.full_like(a, high).log()
-    cold, hot = dh_positive(z, w, a.exp()) < 0, dh_positive(z, w, b.exp()) >= 0
+    cold = dh_positive(z, w, a.exp()) < 0
+    hot = dh_positive(z, w, b.exp()) >= 0
     for _ in range(100):
         middle = (a + b) / 2
         below = dh_positive(z, w, middle.exp()) < 0
-        a, b = torch.where(below, middle, a), torch.where(below, b, middle)
+        a = torch.where(below, middle, a)
+        b = torch.where(below, b, middle)
     return torch.where(cold, torch.where(hot, b.exp(), torch.inf), 0.0)
+
+
+def entropy_bound(lengths):
+    """The lambda with sum_i exp(-lambda L_i) = 1, `[..., N]` lengths -> `[...]`: the most entropy a
+    token, in nats, that a policy with only right answers can have (section 9). By Newton's method."""
+    bound = torch.zeros(lengths.shape[:-1], dtype=lengths.dtype)
+    for _ in range(30):
+        log_q = torch.log_softmax(-bound[..., None] * lengths, dim=-1)
+        bound = entropy_of(log_q) / expectation(log_q.exp(), lengths)
+    return bound

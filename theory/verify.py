@@ -1,86 +1,155 @@
-"""Check the theorem of theory/README.md on random policies:  `python theory/verify.py`
+"""Check theory/README.md on random policies and on hard cases:  `python theory/verify.py`
 
-Prints for each statement how many policies meet its hypothesis, how many of these violate it, and
-by what margin it holds at least: a correlation for a derivative, else nats per unit of the step.
-Exits with 1 on a violation. Left out is what rounding decides: a spread or hypothesis below 1e-7.
+Rows say how many policies meet a hypothesis, how many of these fail, and the worst margin: a
+correlation, or nats where there is a *. Left out is what rounding decides: a spread or a hypothesis
+below 1e-7. The last table has statements that are false. Exits with 1 if one of the others fails.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
 
 import torch
-from torch import Tensor
 
 import closed_forms as cf
-from entropy import log_policy
+from entropy import entropy_of, log_policy
 
 TINY = 1e-7
 
 
-def random_policies(count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def random_policies(count):
     """Batches z `[B, V]`, w `[B, V]`, T `[B]` of 50 sizes V from 2 to 1,000, `count` in all.
 
     Logits spread by 0.1 to 10, 0 to 100% of the tokens rewarded (half with grades), T 0.05 to 20.
     """
     sizes = (2 * 500 ** torch.linspace(0, 1, 50)).round()
-    counts = count * sizes**-0.5 / (sizes**-0.5).sum()  # fewer of the large
-    for V, B in zip(sizes.int().tolist(), counts.ceil().int().tolist(), strict=True):
-        z = torch.randn(B, V) * 10 ** (2 * torch.rand(B, 1) - 1)
+    shares = sizes**-0.5 / (sizes**-0.5).sum()  # fewer of the large
+    for V, share in zip(sizes.int().tolist(), shares.tolist(), strict=True):
+        B = math.ceil(count * share)
+        spread = 10 ** (2 * torch.rand(B, 1) - 1)
         w = (torch.rand(B, V) < torch.rand(B, 1)).double()
         w[:, 0] = 1.0  # one at least; which one makes no difference, as the logits are in no order
         w[B // 2 :] *= torch.rand(B - B // 2, V).clamp(min=0.01)
-        yield z.double(), w, 0.05 * 400 ** torch.rand(B).double()
+        yield (spread * torch.randn(B, V)).double(), w, 0.05 * 400 ** torch.rand(B).double()
 
 
-def spread(q: Tensor, f: Tensor, h: Tensor) -> Tensor:
-    """sd_q(f) sd_q(h) `[B]`, the most that |Cov_q(f, h)| can be; 0 if either is only rounding."""
-    sd_f, sd_h = cf.covariance(q, f, f).sqrt(), cf.covariance(q, h, h).sqrt()
-    return torch.where((sd_f > TINY) & (sd_h > TINY), sd_f * sd_h, 0.0)
+def hard_policies(count):
+    """`random_policies` at the edges: each batch in five ways."""
+    for z, w, T in random_policies(count):
+        yield z / 100, w, T  # nearly uniform
+        yield z.round(), w, T  # ties
+        yield 10 * z, w, T  # very peaked
+        yield z**3, w, T  # very peaked, with long tails
+        rarity = torch.softmax(-2 * torch.rand(len(z), 1) * z, -1)
+        yield z, w * rarity / rarity.amax(-1, keepdim=True), T  # the rarer, the better
 
 
-def statements(z: Tensor, w: Tensor, T: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, margins, and where the hypothesis is met; the last two on every 20th policy."""
-    x, (g, gbar), q = log_policy(z), cf.sensitivity(z), cf.sampled(z, w, T)
-    size = spread(x.exp(), x.exp(), x)
-    yield "gbar >= 0", gbar / size, size > 0  # gbar = Cov_p(p, x)
-    size = spread(q, g, x)
-    rise = cf.dh_positive_dt(z, w, T) * T**2 / size  # Corr_q(g, x)
-    yield "dH+ < 0  =>  dH+' > 0", rise, (size > 0) & (cf.dh_positive(z, w, T) < -TINY)
-    yield "E_q[g] > 0  =>  dH+' > 0, dH-' < 0", rise, (size > 0) & (cf.expectation(q, g) > TINY)
+def correlation(q, f, h):
+    """Corr_q(f, h) `[B]`, and whether both f and h vary by more than rounding."""
+    sd_f = cf.covariance(q, f, f).sqrt()
+    sd_h = cf.covariance(q, h, h).sqrt()
+    return cf.covariance(q, f, h) / (sd_f * sd_h), (sd_f > TINY) & (sd_h > TINY)
 
-    dh, dh_dt, p_T = cf.dh_objective(z, w, T), cf.dh_objective_dt(z, w, T), log_policy(z, T).exp()
-    size_T = spread(p_T, w * (g - gbar[:, None]), x)
-    applies = (size_T > 0) & (dh < -TINY) & (T >= 1)
-    yield "as written, T >= 1: dH < 0  =>  dH' > 0", dh_dt * T**2 / size_T, applies
-    applies = (size > 0) & (dh > TINY) & (dh_dt >= 0) & (cf.covariance(p_T, w, x) > TINY)
-    yield "dH > 0, dH' >= 0, P' < 0  =>  dH+' > 0", rise, applies  # P' = -Cov_{p_T}(w, x) / T^2
 
-    grid = torch.linspace(4.5, 0, 41, dtype=z.dtype)[:, None] ** -2  # T: 0.05, ..., infinity
-    curve = cf.dh_positive(z[::20], w[::20], grid)  # [41, B / 20]
+def statements(z, w, T):
+    """What is proved: name, margins, where the hypothesis is met; on every 20th policy where *."""
+    x, q, p_T = log_policy(z), cf.sampled(z, w, T), log_policy(z, T).exp()
+    p, (g, gbar) = x.exp(), cf.sensitivity(z)
+
+    # Sections 1, 3 and 5: Corr_q(g, x) has the sign of dH+'.
+    alike, varies = correlation(p, p, x)
+    yield "gbar > 0", alike * gbar.sign(), varies
+    pull = cf.expectation(q, g)
+    rise, varies = correlation(q, g, x)
+    yield "dH+ < 0  =>  dH+' > 0", rise, varies & (pull > gbar + TINY)
+    yield "E_q[g] > 0  =>  dH+' > 0, dH-' < 0", rise, varies & (pull > TINY)
+
+    # Section 6: Corr_{p_T}(f, x) has the sign of dH', and `between` is positive for u_0 < u < E_{p_T}[u].
+    above = g - gbar[:, None]
+    dh = -cf.expectation(p_T, w * above)
+    slope, f_varies = correlation(p_T, w * above, x)
+    falls = f_varies & (dh < -TINY)
+    yield "T >= 1: dH < 0  =>  dH' > 0", slope, falls & (T >= 1)
+    between, token = torch.minimum(above, cf.expectation(p_T, x)[:, None] - x).max(-1)
+    yield "no token between: dH < 0  =>  dH' > 0", slope, falls & (between < 0)
+    alone = torch.nn.functional.one_hot(token, z.shape[-1])
+    slope_alone, f_varies = correlation(p_T, alone * above, x)
+    yield "one between, alone right: dH < 0, dH' < 0", -slope_alone, f_varies & (between > TINY)
+
+    # Section 8, where P' = -Cov_{p_T}(w, x) / T^2.
+    applies = varies & (dh > TINY) & (slope >= 0) & (cf.covariance(p_T, w, x) > TINY)
+    yield "dH > 0, dH' >= 0, P' < 0  =>  dH+' > 0", rise, applies
+
+    # Section 4 on a grid of temperatures, and section 9 for right answers of random lengths.
+    T = torch.linspace(4.5, 0, 41, dtype=z.dtype)[:, None] ** -2  # 0.05, ..., infinity
+    curve = cf.dh_positive(z[::20], w[::20], T)  # [41, B / 20]
     was_above = (curve > TINY).cummax(0).values
     lowest = torch.where(was_above, curve, torch.inf).amin(0)
-    yield "dH+ crosses zero at most once, from below", lowest + TINY, was_above.any(0)
-    yield "hot limit < 0  =>  dH+ < 0 at every T", -curve.amax(0), curve[-1] < -TINY
+    yield "* dH+ crosses zero at most once, from below", lowest + TINY, was_above.any(0)
+    yield "* hot limit < 0  =>  dH+ < 0 at every T", -curve.amax(0), curve[-1] < -TINY
+    lengths = torch.randint(1, 20, p[::20].shape)
+    per_token = entropy_of(x[::20]) / cf.expectation(p[::20], lengths)
+    spare = cf.entropy_bound(lengths.double()) - per_token
+    yield "* full reward: entropy a token <= lambda", spare + TINY, spare == spare
 
 
-def main() -> int:
-    """Check everything and print the table; 1 if anything is violated."""
+def with_slope(f, z, w, T):
+    """f(z, w, T) and its derivative by T, both `[B]`, by autograd."""
+    T = T.clone().requires_grad_()
+    value = f(z, w, T)
+    return value.detach(), torch.autograd.grad(value.sum(), T)[0]
+
+
+def non_theorems(z, w, T):
+    """What is false: as `statements`; margins are derivatives in the first five rows."""
+    dh, slope = with_slope(cf.dh_objective, z, w, T)
+    yield "* T < 1: dH < 0  =>  dH' > 0", slope + TINY, (T < 1) & (dh < -TINY)
+    binary = ((w == 0) | (w == 1)).all(-1) & (cf.reward_std(z, w, T) ** 2 > TINY)
+    for name, f in ("GRPO's weights", cf.dh_normalised), ("whole group", cf.dh_group):
+        dh, slope = with_slope(f, z, w, T)
+        falls = binary & (dh < -TINY)
+        yield f"* {name}, T < 1: dH < 0  =>  dH' > 0", slope + TINY, falls & (T < 1)
+        yield f"* {name}, T >= 1: dH < 0  =>  dH' > 0", slope + TINY, falls & (T >= 1)
+
+    q, (g, gbar) = cf.sampled(z, w, T), cf.sensitivity(z)
+    rise, varies = correlation(q, g, log_policy(z))
+    yield "dH+ >= 0  =>  dH+' > 0", rise, varies & (cf.expectation(q, g) <= gbar)
+    yield "E_q[g] <= 0  =>  dH+' > 0", rise, varies & (cf.expectation(q, g) <= 0)
+
+
+def table(title, statements, policies):
+    """Print a row for each statement, and return the number of failures."""
+    margins = defaultdict(list)
+    for batch in policies:
+        for name, margin, applies in statements(*batch):
+            margins[name].append(margin[applies])
+
+    print(f"{title:<45} {'cases':>9} {'failures':>8} {'rate':>6} {'worst':>8}")
+    failures = 0
+    for name, parts in margins.items():
+        margin = torch.cat(parts)
+        failed = ~(margin > 0)  # a NaN fails too
+        rate = failed.double().mean()
+        print(f"{name:<45} {len(margin):>9,} {failed.sum():>8,} {rate:>6.1%} {margin.min():>8.1e}")
+        failures += int(failed.sum())
+    print()
+    return failures
+
+
+def main():
+    """Print the tables; 1 if something that is proved fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=1_000_000, help="random policies")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    batches = [list(statements(*policies)) for policies in random_policies(args.cases)]
-    total = 0
-    print(f"{'proved (prime: d/dT)':<45} {'cases':>9} {'violations':>10} {'margin':>8}")
-    for rows in zip(*batches, strict=True):  # one statement, batch by batch
-        margin = torch.cat([margin[applies] for _, margin, applies in rows])
-        violations = int((~(margin > 0)).sum())  # a NaN is one too
-        total += violations
-        print(f"{rows[0][0]:<45} {len(margin):>9,} {violations:>10,} {margin.min():>8.1e}")
-    print(f"\n{args.cases:,} policies, seed {args.seed}: {total:,} violations")
-    return int(total > 0)
+    torch.set_num_threads(1)  # the batches are too small for more
+    failures = table("proved", statements, random_policies(args.cases))
+    failures += table("proved, hard cases", statements, hard_policies(args.cases // 10))
+    table("not a theorem", non_theorems, random_policies(args.cases // 5))
+    print(f"{args.cases:,} policies, seed {args.seed}: {failures:,} failures of what is proved")
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

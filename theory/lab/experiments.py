@@ -17,11 +17,13 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import neighbours
 import train
 import variants
 
@@ -33,6 +35,7 @@ import warm_start
 
 ROWS = Path(__file__).parent / "rows.jsonl"
 WORK = Path("outputs") / "experiments"
+VARIANTS = variants.VARIANTS | neighbours.NEIGHBOURS
 PARTS = 35  # of a run; a row keeps the mean entropy of each. Ten steps of 350.
 
 
@@ -82,6 +85,14 @@ RIVALS = {
     "entropy-flow balance": f"@flow_balance {ALONE} {gains(5, 0.05)}",
     "band filter": f"@band_filter {ALONE}",
 }
+NEIGHBOURS = {
+    "opefo": "OPEFO",
+    "avspo": "AVSPO",
+    "s2l_po": "S2L-PO",
+    "dcpo": "DCPO",
+    "stare": "STARE",
+    "all_at_t": "E3-RL4LLMs",
+}
 FIRST = {  # the first law in its two uses
     "SCOPE, positional": POSITIONAL,
     "PI on the bonus, positional": f"{POSITIONAL_BONUS_PI} {gains(0.8, 0.02)}",
@@ -95,7 +106,7 @@ def controllers(before: str, after: str, *names: str) -> dict[str, str]:
     return {name: " ".join(f"{before} {rules[name]} {after}".split()) for name in names}
 
 
-# --- Experiments: tables of label -> options. "@NAME" before them names one of variants.VARIANTS.
+# --- Experiments: tables of label -> options. "@NAME" before them names one of VARIANTS.
 EXPERIMENTS: dict[str, dict[str, str]] = {
     "control": {
         "GRPO": GRPO,
@@ -203,19 +214,24 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     },  # below where GRPO ends
     "weak": {"GRPO": f"{WEAK} {GRPO}", **controllers("", f"{WEAK} {target(0.4)}")},
     "dr_grpo": {"GRPO": f"@dr_grpo {GRPO}", **controllers("@dr_grpo", target(0.4))},
+    # Where T is at its clip, a boost of the term's weight goes on: with and without.
     "split": {
-        f"{name}{label}": f"{before} {SCOPE} {after}".strip()
-        for label, after in (
-            (", weak", f"{WEAK} {target(0.4)}"),
-            (", H0 0.5", target(0.5)),
-            (", H0 0.6", target(0.6)),
-            (", H0 0.7", target(0.7)),
+        f"{name}, {label}": " ".join(f"{before} {SCOPE} {boost} {after}".split())
+        for label, before, after in (
+            ("weak", "", f"{WEAK} {target(0.4)}"),
+            *((f"H0 {H}", "", target(H)) for H in (0.5, 0.6, 0.7)),
+            ("moving", "@moving_target", target(0.5)),
         )
-        for name, before in (("SCOPE", ""), ("split range", "--scope_max_boost 8"))
-    }
-    | {
-        "SCOPE, moving": f"@moving_target {SCOPE} {target(0.5)}",
-        "split range, moving": f"@moving_target {SCOPE} --scope_max_boost 8 {target(0.5)}",
+        for name, boost in (("SCOPE", ""), ("split range", "--scope_max_boost 8"))
+    },
+    "neighbours": {
+        "GRPO": GRPO,
+        "SCOPE": f"{SCOPE} {target(0.4)}",
+        **{
+            f"{label}{beside}": f"@{name} {options} {target(0.4)}"
+            for name, label in NEIGHBOURS.items()
+            for beside, options in ((" alone", ALONE), (" beside SCOPE", SCOPE))
+        },
     },
     "transfer": {
         "GRPO": f"{SUMS} {GRPO}",
@@ -225,22 +241,42 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
 
 
 # --- Running
+def kinds_and_arguments(options: str) -> tuple[list[type[variants.Variant]], list[str]]:
+    """`@NAME ... --option value` -> kinds of variants, and the rest for train.py. Raises KeyError."""
+    words = options.split()
+    kinds = [VARIANTS[word[1:]] for word in words if word.startswith("@")]
+    return kinds, [word for word in words if not word.startswith("@")]
+
+
 def start(options: str, seed: int) -> Path:
     """The model that a run starts from. For sums it is a Llama.
 
-    The Llamas and the weak model are made on first use. A Llama's 1,400 steps end near the Pass@1 that
-    the tiny Qwen3 has on Countdown after 3,500.
+    The Llamas, the weak model and S2L-PO's smaller ones are made on first use. A Llama's 1,400 steps end
+    near the Pass@1 that the tiny Qwen3 has on Countdown after 3,500.
     """
+    number, qwen3 = seed % 2, warm_start.make_config("qwen3")
+    if "@s2l_po" in options:
+        half = {
+            "hidden_size": 32,
+            "intermediate_size": 96,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        smaller = type(qwen3).from_dict(qwen3.to_dict() | half)
+        make(neighbours.EXPLORERS / f"smaller-{number}", smaller, countdown.example, 3500, number)
     if SUMS in options:
-        folder, recipe = WORK / f"llama-{seed % 2}", ("llama", sums.example, 1400, seed % 2)
-    elif WEAK in options:
-        folder, recipe = WORK / "weak", ("qwen3", countdown.example, 1750, 2)
-    else:
-        return train.THEORY / "tiny" / f"start-{seed % 2}"
+        llama = warm_start.make_config("llama")
+        return make(WORK / f"llama-{number}", llama, sums.example, 1400, number)
+    if WEAK in options:
+        return make(WORK / "weak", qwen3, countdown.example, 1750, 2)
+    return train.THEORY / "tiny" / f"start-{number}"
+
+
+def make(folder: Path, config, example: Callable, steps: int, seed: int) -> Path:
+    """Warm-start a model in this folder, unless that was done before."""
     if not folder.exists():
-        architecture, example, steps, number = recipe
-        unfinished, config = folder.with_suffix(".tmp"), warm_start.make_config(architecture)
-        warm_start.warm_start(unfinished, config, example, steps=steps, seed=number)
+        unfinished = folder.with_suffix(".tmp")
+        warm_start.warm_start(unfinished, config, example, steps=steps, seed=seed)
         unfinished.rename(folder)
     return folder
 
@@ -260,7 +296,7 @@ def one_run(job: tuple[str, int]) -> dict:
     options, seed = job
     torch.set_num_threads(1)
     folder = WORK / f"{zlib.crc32(options.encode()):08x}-{seed}"
-    names, own = variants.names_and_arguments(options)
+    kinds, own = kinds_and_arguments(options)
     arguments = ["--preset", "tiny", "--model", str(start(options, seed)), "--seed", str(seed)]
     arguments += ["--output_dir", str(folder), *own]
     if (folder / "config.json").exists():
@@ -271,8 +307,8 @@ def one_run(job: tuple[str, int]) -> dict:
         contextlib.redirect_stderr(nowhere),
     ):
         run, before = train.set_up(train.parse_config(arguments)), time.process_time()
-        if names:
-            variants.put_into(run, names)
+        if kinds:
+            variants.put_into(run, kinds)
         train.train(run)
     row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy}
     row |= summary(folder) | {"cpu_seconds": round(time.process_time() - before, 1)}
@@ -289,7 +325,8 @@ def summary(folder: Path) -> dict:
         row[name] = float(np.mean([step[name] for step in last]))
     evaluations = folder / "eval.json"
     if evaluations.exists():
-        row |= json.loads(evaluations.read_text())["after"]
+        before, after = (json.loads(evaluations.read_text())[name] for name in ("before", "after"))
+        row |= after | {f"{name} before": before[name] for name in ("pass@1", "distinct_correct")}
     parts = np.array_split([step["entropy"] for step in steps], PARTS)
     return row | {"entropies": [round(float(part.mean()), 4) for part in parts]}
 

@@ -33,7 +33,9 @@ def draw_crossing() -> None:
             axes[0].plot(crossing, 0, "o", color=line.get_color())
         if (w == 0).any():
             axes[1].plot(T, cf.dh_negative(rows[0], 1 - rows[1], T), color=line.get_color())
-    for axis, title in zip(axes, ("dH+: rewarded samples reinforced", "dH-: the others suppressed"), strict=True):
+    for axis, title in zip(
+        axes, ("dH+: rewarded samples reinforced", "dH-: the others suppressed"), strict=True
+    ):
         axis.axhline(0, color="black", lw=0.6)
         axis.set(xscale="log", xlabel="sampling temperature T", title=title)
     axes[0].set_ylabel("dH / d eta, nats")
@@ -46,7 +48,9 @@ def draw_simplex(n: int = 300) -> None:
     right, upper = torch.meshgrid(*[(torch.arange(n, dtype=torch.float64) + 0.5) / n] * 2, indexing="xy")
     inside = right + upper < 1  # p = (right, upper, the rest); the rest is the wrong token
     p = torch.stack([right, upper, 1 - right - upper], -1)[inside]
-    crossing = cf.crossing_temperature(p.log(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64).expand_as(p))
+    crossing = cf.crossing_temperature(
+        p.log(), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64).expand_as(p)
+    )
     shown = torch.full(right.shape, torch.nan, dtype=torch.float64)
     shown[inside] = crossing.clamp(0.1, 10).log10()
     figure, axis = plt.subplots(figsize=(5.4, 4.2), layout="constrained")

@@ -1,7 +1,7 @@
-"""Two looks at what moves the entropy of a transformer (theory/README.md, section 10).
+"""Two looks at what moves the entropy of a transformer.
 
     python theory/lab/probes.py asymmetry [--save POLICY] [train.py's options]
-    python theory/lab/probes.py one_factor      of the rows kept: is measured = k predicted?
+    python theory/lab/probes.py signs           of the rows kept: the table; is measured = k predicted?
     python theory/lab/probes.py closed_loop OUTPUT_DIR [--steps 60] [--label LABEL] [train.py's options]
     python theory/lab/probes.py loops           of the steps kept: the table
 
@@ -27,8 +27,9 @@ visits before the step,
     visiting    H of the new policy on contexts it visits itself, minus H(theta), minus fixed
 
 `visiting` weighs the old samples by pi_new(o) / pi_old(o), so all columns are paired and their
-noise is small. With --save it also writes the policy of the *mean* weights over those steps, which
-is where the run is but for the jitter of its last steps: a model for `asymmetry`.
+noise is small. Steps of a run resemble their neighbours, so errors are Newey and West's. With --save
+it also writes the policy of the *mean* weights over those steps, a model for `asymmetry`: it is where
+the run is without the jitter of its last steps.
 """
 
 import argparse
@@ -44,12 +45,13 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-import report
 import rollout
 import train
 from entropy import masked_mean
+from intervals import markdown, newey_west
+from reward import Problem
 
-sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
+sys.path.append(str(train.THEORY))  # for the closed forms, beside the theory
 
 import closed_forms as cf
 
@@ -61,8 +63,10 @@ SAMPLES = 2048  # of the policy, for each step looked at
 
 # --- What both need
 def set_up(rest: list[str], resumed: Path | None = None, algorithm: str | None = None) -> train.Run:
-    """A run of train.py with these options, in a temporary folder; a copy of `resumed` goes on, maybe
-    with another algorithm, which train.py itself would refuse."""
+    """A run of train.py with these options, in a temporary folder.
+
+    A copy of `resumed` goes on, maybe with another algorithm, which train.py itself would refuse.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if resumed is not None:
             for name in ("checkpoint.pt", "metrics.jsonl"):
@@ -74,10 +78,13 @@ def set_up(rest: list[str], resumed: Path | None = None, algorithm: str | None =
         return train.set_up(train.parse_config([*rest, "--output_dir", folder]))
 
 
-def draw(run: train.Run, problems: list, count: int, T: float) -> tuple[rollout.Rollout, Tensor]:
+def draw(run: train.Run, problems: list[Problem], count: int, T: float) -> tuple[rollout.Rollout, Tensor]:
     """`count` samples at temperature T, going round the problems, and their rewards."""
-    chosen = [problems[i % len(problems)] for i in range(count)]
-    return train.sample(run, chosen, torch.full((count,), T))
+    asked = [problems[i % len(problems)] for i in range(count)]
+    prompts, temperatures = [problem.prompt for problem in asked], torch.full((count,), T)
+    length = run.config.max_completion_length
+    samples = rollout.generate(run.model.eval(), run.tokenizer, prompts, temperatures, length)
+    return samples, train.grade(run.task, asked, samples)
 
 
 def weights_of(run: train.Run) -> Tensor:
@@ -93,13 +100,13 @@ def take_gradient(run: train.Run) -> Tensor:
 
 
 def two_errors(values: np.ndarray) -> np.ndarray:
-    """Two standard errors of the mean over rows."""
+    """Two standard errors of the mean over rows, which are independent draws."""
     return 2 * values.std(0, ddof=min(1, len(values) - 1)) / len(values) ** 0.5
 
 
 @torch.no_grad()
 def score_all(run: train.Run, samples: rollout.Rollout) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies `[B, S]` of all samples under the present policy."""
+    """Log-probabilities and entropies `[B, C]` of all samples under the present policy."""
     rows = torch.arange(len(samples.texts), device=run.model.device)
     micro_batches = rows.split(run.config.per_device_train_batch_size)
     scores = [rollout.score(run.model.eval(), samples, micro) for micro in micro_batches]
@@ -118,15 +125,19 @@ def direction(run: train.Run, samples: rollout.Rollout, weights: Tensor) -> tupl
     """Gradient of sum_i w_i 1/|o_i| sum_t log pi(o_t), w `[B]`; and the tabular prediction."""
     predicted = 0.0
     for rows in weights.nonzero()[:, 0].split(run.config.per_device_train_batch_size):
-        ids, mask = samples.sequences[rows], samples.completion_mask[rows]  # [n, S]
+        mask = samples.completion_mask[rows]  # [n, C]
         logprobs, _ = rollout.score(run.model, samples, rows)
         (weights[rows] * masked_mean(logprobs, mask, dim=1)).sum().backward()
 
+        # The tabular theory's -(g_a - gbar) of each token a, from its logits.
         with torch.no_grad():
-            logits = run.model(input_ids=ids, use_cache=False).logits[:, :-1]  # [n, S - 1, V]
-        g, gbar = cf.sensitivity(logits.double())  # of the token that follows
-        change = gbar - g.gather(-1, ids[:, 1:, None])[..., 0]  # -(g_a - gbar)  [n, S - 1]
-        predicted += (weights[rows] * masked_mean(change, mask[:, 1:], dim=1)).sum().item()
+            states = rollout.states_of_whole_rows(run.model, samples, rows)  # [tokens, D]
+            logits = run.model.get_output_embeddings()(states)  # [tokens, V]
+        g, gbar = cf.sensitivity(logits.double())
+        tokens = samples.completions[rows][mask]
+        changes = gbar - g.gather(-1, tokens[:, None])[:, 0]  # [tokens]
+        changes = torch.zeros(mask.shape, dtype=changes.dtype).masked_scatter(mask.cpu(), changes.cpu())
+        predicted += (weights[rows].cpu() * masked_mean(changes, mask.cpu(), dim=1)).sum().item()
     return take_gradient(run), predicted
 
 
@@ -177,9 +188,12 @@ def asymmetry(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def one_factor(rows: list[dict], column: str) -> tuple[float, float, int]:
-    """The factor k that fits measured = k predicted best over the cells of a policy, each a sign and
-    a temperature; chi^2, the squared misses over their squared standard errors; and its degrees of
-    freedom. Cells of fewer than eight draws, whose errors are hardly known, do not count."""
+    """The factor k that fits measured = k predicted best over the cells of a policy.
+
+    A cell is a sign and a temperature. Also chi^2, the squared misses over their squared standard
+    errors, and its degrees of freedom. Cells of fewer than eight draws, whose errors are hardly known,
+    do not count.
+    """
     cells: dict[tuple, list] = {}
     for row in rows:
         cells.setdefault((row["sign"], row["temperature"]), []).append((row[column], row["predicted"]))
@@ -190,13 +204,45 @@ def one_factor(rows: list[dict], column: str) -> tuple[float, float, int]:
     return k, (weight * (measured - k * predicted) ** 2).sum(), len(values) - 1
 
 
-def print_factors(args: argparse.Namespace, rest: list[str]) -> None:
-    """The fit of each policy of signs.jsonl, on the contexts that theory/README.md shows."""
-    rows = [json.loads(line) for line in SIGNS.read_text().splitlines()]
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        column = "held_out" if policy == "warm-start" else "training"
-        k, chi2, freedom = one_factor([row for row in rows if row["policy"] == policy], column)
-        print(f"{policy}: measured = {k:.1f} predicted, chi^2 {chi2:.0f} on {freedom} degrees of freedom")
+def read_signs() -> dict[str, list[dict]]:
+    """The rows of signs.jsonl by policy."""
+    policies: dict[str, list[dict]] = {}
+    for row in map(json.loads, SIGNS.read_text().splitlines()):
+        policies.setdefault(row["policy"], []).append(row)
+    return policies
+
+
+def contexts_shown(policy: str) -> str:
+    """Where the change is shown: a policy that was trained has lost its entropy on the training problems."""
+    return "held_out" if policy == "warm-start" else "training"
+
+
+def factor_table() -> str:
+    """The fit of each policy of signs.jsonl."""
+    lines = []
+    for policy, rows in read_signs().items():
+        k, chi2, freedom = one_factor(rows, contexts_shown(policy))
+        lines.append([policy, f"{k:.1f}", f"{chi2:.0f}", freedom])
+    return markdown(["policy", "measured / predicted", "chi^2", "degrees of freedom"], lines)
+
+
+def sign_table() -> str:
+    """dH / d eta in nats: measured, mean ± 2 standard errors over eight draws, and predicted."""
+    policies = read_signs()
+    lines = []
+    for sign in ("positive", "negative"):
+        for T in TEMPERATURES:
+            line = [f"{sign}, {T}"]
+            for policy, rows in policies.items():
+                cell = [row for row in rows if (row["sign"], row["temperature"]) == (sign, T)]
+                if len(cell) < 8:
+                    line.append(f"({len(cell)} of 8 draws)")
+                    continue
+                measured = np.array([row[contexts_shown(policy)] for row in cell])
+                predicted = np.mean([row["predicted"] for row in cell])
+                line.append(f"{measured.mean():+.3f} ± {two_errors(measured):.3f}, {predicted:+.4f}")
+            lines.append(line)
+    return markdown(["sign, T", *policies], lines)
 
 
 # --- closed_loop
@@ -206,7 +252,7 @@ def entropies(run: train.Run, samples: rollout.Rollout, old: Tensor | None) -> t
 
     `old` is what they were for the policy that sampled; None if it still is that.
     """
-    logprobs, token_entropies = (x.double() for x in score_all(run, samples))  # [B, S]
+    logprobs, token_entropies = (x.double() for x in score_all(run, samples))  # [B, C]
     total, length = token_entropies.sum(1), samples.completion_mask.sum(1)  # [B]
     ratio = torch.ones_like(total) if old is None else (logprobs.sum(1) - old).exp()  # [B]
     fixed = total.sum() / length.sum()
@@ -245,13 +291,17 @@ def one_step(run: train.Run) -> dict[str, float]:
 
 
 def loop_table() -> str:
-    """A line a run of closed_loop that was kept: H and T; the parts in 1e-4 nats a step, mean ± 2 standard errors."""
+    """A line a run of closed_loop that was kept: H, T, and the parts in 1e-4 nats a step.
+
+    The parts are means ± 2 standard errors.
+    """
     lines, names = [], ("first", "curvature", "fixed", "visiting")
     for row in map(json.loads, LOOPS.read_text().splitlines()):
         steps = {name: np.array(values) for name, values in row["steps"].items()}
-        parts = [f"{1e4 * steps[n].mean():+.1f} ± {1e4 * two_errors(steps[n]):.1f}" for n in names]
-        lines.append([row["label"], len(steps["H"]), f"{steps['H'].mean():.3f}", f"{steps['T'].mean():.2f}", *parts])
-    return report.markdown(["goes on from; with", "steps", "H", "T", *names], lines)
+        parts = [f"{1e4 * steps[name].mean():+.1f} ± {2e4 * newey_west(steps[name]):.1f}" for name in names]
+        line = [row["label"], len(steps["H"]), f"{steps['H'].mean():.3f}", f"{steps['T'].mean():.2f}"]
+        lines.append([*line, *parts])
+    return markdown(["goes on from; with", "steps", "H", "T", *names], lines)
 
 
 def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
@@ -261,12 +311,11 @@ def closed_loop(args: argparse.Namespace, rest: list[str]) -> None:
     for _ in tqdm(range(args.steps)):
         rows.append(one_step(run))
         total = total + weights_of(run)
-    values = np.array([list(row.values()) for row in rows])  # [steps, columns]
-    pairs = zip(rows[0], values.mean(0), two_errors(values), strict=True)
+    steps = {name: [round(row[name], 7) for row in rows] for name in rows[0]}
     print(f"entropy change a step in nats, mean ± 2 standard errors over {args.steps} steps")
-    print(", ".join(f"{name} {mean:+.5f} ± {error:.5f}" for name, mean, error in pairs))
+    for name, values in steps.items():
+        print(f"{name:<10} {np.mean(values):+.5f} ± {2 * newey_west(values):.5f}")
     if args.label:
-        steps = {name: [round(row[name], 7) for row in rows] for name in rows[0]}
         with open(LOOPS, "a") as file:
             file.write(json.dumps({"label": args.label, "steps": steps}) + "\n")
     if args.save:
@@ -285,7 +334,9 @@ def main() -> None:
     signs.add_argument("--batch", type=int, default=SAMPLES, help="samples; half as many contexts")
     signs.add_argument("--norm", type=float, default=1e-2, help="length of the step in the weights")
     signs.add_argument("--save", metavar="POLICY", help="append the rows to signs.jsonl")
-    commands.add_parser("one_factor").set_defaults(command=print_factors)
+    commands.add_parser("signs").set_defaults(
+        command=lambda *_: print(sign_table(), factor_table(), sep="\n")
+    )
     commands.add_parser("loops").set_defaults(command=lambda *_: print(loop_table(), end=""))
     loop = commands.add_parser("closed_loop", epilog="Other options are train.py's.")
     loop.set_defaults(command=closed_loop)

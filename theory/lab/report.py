@@ -1,82 +1,186 @@
 """Tables and figures of the rows:  `python theory/lab/report.py`  (figures need the extra `plot`)
 
-Writes tables.md and the folder figures/. Below, `cells` is label -> seed -> row, a row being what
-experiments.py keeps of one run. "±" is half of a 95% interval: Student's t over the seeds.
-Differences are taken seed by seed first, as two runs of one seed share warm start, problems and
-their order.
+Writes tables.md, the folder figures/, and what stands on the pages of this project between
+
+    <!-- table NAME -->  and  <!-- end -->        one of TABLES
+    <!-- number EXPERIMENT; LABEL; COLUMN -->     mean ± half of a 95% interval over the seeds
+    <!-- number EXPERIMENT; LABEL minus LABEL; COLUMN -->        of the differences, seed by seed
+
+Below, `cells` is label -> seed -> row, a row being what experiments.py keeps of one run. Differences
+are taken seed by seed first, as two runs of one seed share warm start, problems and their order.
 """
 
+import functools
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 import experiments
+import pretrained
+import probes
+from intervals import interval, markdown, show
 
 FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "theory" / name for name in ("README.md", "QUESTIONS.md")),
+    *(FOLDER / name for name in ("README.md", "pretrained.md")),
+]
+MARKED = re.compile(r"<!-- (table|number) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 Cells = dict[str, dict[int, dict]]
+TARGETS = experiments.TARGETS
+SCOPE = [f"SCOPE, H0 {H}" for H in TARGETS]
+TUNING_SEEDS = 100  # seeds from here on were looked at to choose settings, and are reported there alone
 COLUMNS = (
-    ("reward", "entropy", "error", "pass@1", "pass@64", "distinct_correct"),
-    ("scope_temperature", "oscillation", "pass@4", "pass@16", "cpu_seconds"),
+    ("entropy", "error", "lowest", "settling", "reward", "scope_temperature", "cpu_seconds"),
+    ("pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct"),
 )
-DIFFERENCES = ("entropy", "reward", "pass@1", "pass@16", "pass@64", "distinct_correct")
-# The rows and columns of `control` that README.md shows.
-SHOWN = (
-    "GRPO", "entropy bonus 0.1", "AEPO", "constant T = 1.3", "SCOPE, published rule, H0 0.4",
-    *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)),
-)  # fmt: skip
-SHOWN_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
-# What the README at the top shows, in a figure and a table.
-RESULTS = ("GRPO", *(f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)))
-RESULTS_COLUMNS = ("entropy", "reward", "pass@1", "distinct_correct")
-# Rivals of SCOPE: the targets, and what the page shows of each.
-TARGETS = (0.3, 0.4, 0.5)
-RIVAL_COLUMNS = ("entropy", "error", "settling", "oscillation", "reward", "pass@1", "pass@16", "distinct_correct")
+DIFFERENCES = ("entropy", "reward", "pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct")
+TESTED = ("entropy", "error", "settling", "reward", "pass@1", "pass@64", "distinct_correct")
 LEGEND = """# All tables
 
 Made by `python theory/lab/report.py` from [`rows.jsonl`](rows.jsonl); [`README.md`](README.md) says
 what they mean.
 
-- Reward, entropy (nats a token), T and oscillation (the standard deviation over the steps, what
-  trend is left included) are of the last fifth of the steps.
-- `error` is the root mean square of H - H0 there, as a share of H0 (0.4 where there is no target).
-- `settling` is the number of steps after which every mean of ten steps lies within a tenth of H0; 350 is never.
+- A row keeps the entropy as 35 means, of ten steps each in a run of 350.
+- `error` is the mean distance of these means from H0 over the last fifth, as a share of H0 (0.4 where
+  there is no target). `lowest` is the lowest of them, as a share of H0.
+- `settling` is the number of steps after which each of them lies within a tenth of H0. The length of the
+  run stands for never.
+- Reward, entropy (nats a token) and T are means over the last fifth of the steps.
 - `cpu_seconds` are those of a core for the whole run, evaluations included.
 - Pass@k and `distinct_correct`, the number of different right answers, are of 64 samples for each of
   128 problems that no run trains on.
-- No ± is shown where there is one seed, or where all seeds agree.
+- "±" is half of a 95% interval over seeds. There is none where there is one seed, or where all agree.
 - A difference marked * excludes zero even at the level at which all intervals of its table hold at
   once, 95 times in 100 (Bonferroni).
 - "Between warm starts" is the share of the variance over seeds that the two warm starts make.
 """
 
 
-# --- Statistics
-def student_t(freedom: int, level: float = 0.95) -> float:
-    """The t that a Student variable stays within, on either side of 0, with probability `level`.
+# --- Rows
+def cells_of(experiment: str) -> Cells:
+    """The rows of an experiment, for its labels that have any; of two rows of a run the later."""
+    is_tuning = experiment in ("gains", "tuning")
+    rows = [row for row in experiments.read_rows() if is_tuning or row["seed"] < TUNING_SEEDS]
+    cells = {}
+    for label, options in experiments.EXPERIMENTS[experiment].items():
+        cells[label] = {row["seed"]: row for row in rows if row["options"] == options}
+    return {label: cell for label, cell in cells.items() if cell}
 
-    With t = sqrt(freedom) tan(angle) its density is proportional to cos(angle)^(freedom - 1).
+
+def number(experiment: str, label: str, column: str) -> str:
+    """The mean of a column for a label, or of the differences for "LABEL minus LABEL"."""
+    cells = cells_of(experiment)
+    label, _, other = label.partition(" minus ")
+    if not other:
+        return show([row[column] for row in cells[label].values() if column in row])
+    return show(gains(cells[label], cells[other], column), "+")
+
+
+def gains(cell: dict[int, dict], base: dict[int, dict], column: str) -> list[float]:
+    """Differences of a column, for the seeds that both have."""
+    return [cell[seed][column] - base[seed][column] for seed in sorted(cell.keys() & base.keys())]
+
+
+# --- Tables of any experiment
+def means(title: str, cells: Cells, columns: tuple[str, ...]) -> str:
+    """Means over the seeds of the columns."""
+    rows = []
+    for label, cell in cells.items():
+        values = [[row[name] for row in cell.values()] for name in columns]
+        rows.append([label, len(cell), *map(show, values)])
+    return markdown([title, "seeds", *columns], rows)
+
+
+def differences(cells: Cells, columns: tuple[str, ...]) -> str:
+    """Differences from the first label, paired by seed; * marks those beyond chance in so many."""
+    (reference, base), *others = cells.items()
+    values = {}
+    for label, cell in others:
+        for name in columns:
+            values[label, name] = gains(cell, base, name)
+    level = 1 - 0.05 / max(1, sum(len(those) > 1 for those in values.values()))
+    rows = []
+    for label, _ in others:
+        row = [label, len(values[label, columns[0]])]
+        for name in columns:
+            those = values[label, name]
+            if not those:
+                row.append("")
+                continue
+            mean, half = interval(those, level)
+            row.append(show(those, "+") + (" *" if abs(mean) > half > 0 else ""))
+        rows.append(row)
+    return markdown([f"minus {reference}, paired", "seeds", *columns], rows)
+
+
+def seed_by_seed(cells: Cells) -> str:
+    """H and T of every run."""
+    seeds = sorted({seed for cell in cells.values() for seed in cell})
+    rows = []
+    for label, cell in cells.items():
+        runs = [cell.get(seed) for seed in seeds]
+        shown = [f"{run['entropy']:.3f}, {run['scope_temperature']:.2f}" if run else "" for run in runs]
+        rows.append([label, *shown])
+    return markdown(["H, T", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def tested(name: str) -> str:
+    """Each rule in one of the other tests."""
+    return means(name, cells_of(name), TESTED)
+
+
+# --- Control
+def spread(cells: Cells) -> str:
+    """How far seeds lie apart in H, how much of it the warm starts make, how far H still moves.
+
+    The last column says how much of the spread of Pass@1 is chance in drawing 64 samples a problem.
     """
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    return math.sqrt(freedom) * math.tan(np.interp(level, mass / mass[-1], angles))
+    rows = []
+    for label, cell in cells.items():
+        H = np.array([cell[seed]["entropy"] for seed in cell])
+        starts = np.array([H[[seed % 2 == start for seed in cell]].mean() for start in (0, 1)])
+        share = np.var(starts[[seed % 2 for seed in cell]]) / np.var(H)
+        fifths = [np.array(row["entropies"]).reshape(5, -1).mean(1) for row in cell.values()]
+        drift = [fifth[-1] - fifth[-2] for fifth in fifths]
+        counted = [row for row in cell.values() if "num_right" in row]
+        noise = ""
+        if len(counted) > 1:
+            over_seeds = np.std([row["pass@1"] for row in counted], ddof=1)
+            noise = f"{np.mean([evaluation_error(row) for row in counted]):.4f} of {over_seeds:.3f}"
+        rows.append([label, len(cell), f"{H.std(ddof=1):.3f}", f"{share:.0%}", show(drift, "+"), noise])
+    header = ["entropy", "seeds", "standard deviation over seeds", "between warm starts"]
+    header += ["last fifth minus the one before", "Pass@1: standard error of an evaluation"]
+    return markdown(header, rows)
 
 
-def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half of its interval; NaN for one value."""
-    n = len(values)
-    half = student_t(n - 1, level) * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), float(half)
+def evaluation_error(row: dict, samples: int = 64) -> float:
+    """Standard error of a run's Pass@1, if its problems stay and their samples are drawn again."""
+    p = np.array(row["num_right"]) / samples
+    return math.sqrt((p * (1 - p)).sum() / (samples - 1)) / len(p)
 
 
-def show(values: list[float], sign: str = "") -> str:
-    """`mean ± half of the interval`, to two digits of that, but at most four decimals."""
-    mean, half = interval(values)
-    if math.isnan(half) or half < 1e-9:
-        return f"{mean:{sign}.3f}"
-    digits = min(4, max(0, 1 - math.floor(math.log10(half))))
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+def offsets(cells: Cells) -> str:
+    """Each seed's rest under the published rule: predicted from its other runs, and measured."""
+    others = ["constant T = 1.0", "constant T = 1.3", *(f"SCOPE, positional, H0 {H}" for H in TARGETS)]
+    rows = []
+    for H0 in TARGETS:
+        cell = cells[f"SCOPE, published rule, H0 {H0}"]
+        seeds = sorted(cell.keys() & set.intersection(*(set(cells[label]) for label in others)))
+        predicted = []
+        for seed in seeds:
+            runs = [cells[label][seed] for label in others]
+            points = [(run["entropy"], run["scope_temperature"]) for run in runs]
+            predicted.append(predicted_rest(points, H0))
+        measured = [cell[seed]["entropy"] for seed in seeds]
+        gaps = np.subtract(measured, predicted).tolist()
+        rows.append([H0, len(seeds), show(predicted), show(measured), show(gaps, "+")])
+    return markdown(["H0, published rule", "seeds", "H predicted", "H measured", "difference"], rows)
 
 
 def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
@@ -91,154 +195,123 @@ def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
     return float(H[np.abs(1 + H0 - H - balance).argmin()])
 
 
-# --- Tables
-def cells_of(experiment: str) -> Cells:
-    """The rows of an experiment, for its labels that have any."""
-    rows, cells = experiments.read_rows(), {}
-    for label, options in experiments.EXPERIMENTS[experiment].items():
-        cells[label] = {row["seed"]: row for row in rows if row["options"] == options}
-    return {label: cell for label, cell in cells.items() if cell}
-
-
-def markdown(header: list, rows: list[list]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def means(title: str, cells: Cells, columns: tuple[str, ...]) -> str:
-    """Means over the seeds of the columns."""
-    rows = []
-    for label, cell in cells.items():
-        values = [[row[name] for row in cell.values()] for name in columns]
-        rows.append([label, len(cell), *map(show, values)])
-    return markdown([title, "seeds", *columns], rows)
-
-
-def differences(cells: Cells, columns: tuple[str, ...]) -> str:
-    """Differences from the first label, paired by seed; * marks those beyond chance in so many."""
-    (reference, base), *others = cells.items()
-    gains = {}
-    for label, cell in others:
-        seeds = sorted(cell.keys() & base.keys())
-        for name in columns:
-            gains[label, name] = [cell[seed][name] - base[seed][name] for seed in seeds]
-    level = 1 - 0.05 / max(1, sum(len(values) > 1 for values in gains.values()))
-    shown = {}
-    for key, values in gains.items():
-        mean, half = interval(values, level)
-        shown[key] = show(values, "+") + (" *" if abs(mean) > half > 0 else "")
-    rows = [[label, len(gains[label, columns[0]]), *(shown[label, name] for name in columns)] for label, _ in others]
-    return markdown([f"minus {reference}, paired", "seeds", *columns], rows)
-
-
-def spread(cells: Cells) -> str:
-    """How far seeds lie apart in H, how much of it the warm starts make, how far H still moves."""
-    rows = []
-    for label, cell in cells.items():
-        H = np.array([cell[seed]["entropy"] for seed in cell])
-        starts = np.array([H[[seed % 2 == s for seed in cell]].mean() for s in (0, 1)])
-        share = np.var(starts[[seed % 2 for seed in cell]]) / np.var(H)
-        fifths = [np.array(row["entropies"]).reshape(5, -1).mean(1) for row in cell.values()]
-        drift = [fifth[-1] - fifth[-2] for fifth in fifths]
-        cells_shown = [f"{H.std(ddof=1):.3f}", f"{share:.0%}", show(drift, "+")]
-        rows.append([label, len(cell), *cells_shown])
-    header = ["entropy", "seeds", "standard deviation over seeds", "between warm starts"]
-    return markdown([*header, "last fifth minus the one before"], rows)
-
-
-def seed_by_seed(cells: Cells) -> str:
-    """H and T of every run."""
-    seeds = sorted({seed for cell in cells.values() for seed in cell})
-    rows = []
-    for label, cell in cells.items():
-        runs = [cell.get(seed) for seed in seeds]
-        shown = [f"{r['entropy']:.3f}, {r['scope_temperature']:.2f}" if r else "" for r in runs]
-        rows.append([label, *shown])
-    return markdown(["H, T", *(f"seed {seed}" for seed in seeds)], rows)
-
-
-def offsets(cells: Cells) -> str:
-    """Each seed's rest under the published rule: predicted from its other runs, and measured."""
-    others = [f"constant T = {T}" for T in (1.0, 1.3)]
-    others += [f"SCOPE, with integral, H0 {H}" for H in (0.3, 0.4, 0.5)]
-    rows = []
-    for H0 in (0.3, 0.4, 0.5):
-        cell = cells[f"SCOPE, published rule, H0 {H0}"]
-        seeds = sorted(cell.keys() & set.intersection(*(set(cells[label]) for label in others)))
-        predicted = []
-        for seed in seeds:
-            runs = [cells[label][seed] for label in others]
-            points = [(run["entropy"], run["scope_temperature"]) for run in runs]
-            predicted.append(predicted_rest(points, H0))
-        measured = [cell[seed]["entropy"] for seed in seeds]
-        gaps = np.subtract(measured, predicted).tolist()
-        rows.append([H0, len(seeds), show(predicted), show(measured), show(gaps, "+")])
-    header = ["H0, published rule", "seeds", "H predicted", "H measured", "difference"]
-    return markdown(header, rows)
-
-
-def shown_control() -> str:
-    """The eight rows of `control` that README.md shows."""
-    cells = cells_of("control")
-    return means("control", {label: cells[label] for label in SHOWN}, SHOWN_COLUMNS)
-
-
-def shown_results() -> str:
-    """The four rows that the README at the top shows."""
-    cells = cells_of("control")
-    return means("preset tiny", {label: cells[label] for label in RESULTS}, RESULTS_COLUMNS)
-
-
-def shown_rivals() -> str:
-    """Each controller at each target, as the lab's page shows them."""
+# --- Rules at the three targets
+def rivals() -> str:
+    """A row a rule: how soon, how close, how low at each target, and what SCOPE has beyond it."""
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
-    shown = {f"{label}, {H0}": cells[H0][label] for label in labels for H0 in TARGETS if label in cells[H0]}
-    return means("controller, H0", shown, RIVAL_COLUMNS)
+    rows = []
+    for label in experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]:
+        known = [cells[H0][label].values() for H0 in TARGETS if label in cells[H0]]
+        if not known:
+            continue
+        row = [label, min(map(len, known))]
+        for name, form in (("settling", ".0f"), ("error", ".1%"), ("lowest", ".0%")):
+            row.append(", ".join(f"{np.mean([run[name] for run in runs]):{form}}" for runs in known))
+        lead = lead_over(label, ("pass@1", "reward"))
+        rows.append([*row, *(show(values, "+") if values else "" for values in lead)])
+    header = ["rule at 0.3, 0.4, 0.5", "seeds", "steps to 10%", "error", "lowest, of H0"]
+    return markdown([*header, "SCOPE's Pass@1 beyond it", "and reward"], rows)
 
 
-def shown_tuning() -> str:
-    """Each setting that was tried: 200 steps at 0.4."""
-    return means("tuning", cells_of("tuning"), ("entropy", "error", "oscillation", "reward", "cpu_seconds"))
+def lead_over(rival: str, columns: tuple[str, ...], first: str = "SCOPE") -> list[list[float]]:
+    """What `first` has beyond a rival: for each column a value a seed, the mean over targets that both have."""
+    pairs = {}  # seed -> pairs of rows, one for each target
+    for H0 in TARGETS:
+        cells = cells_of(f"rivals-{H0}")
+        own, other = cells.get(first, {}), cells.get(rival, {})
+        for seed in own.keys() & other.keys():
+            pairs.setdefault(seed, []).append((own[seed], other[seed]))
+    if rival == first:
+        return [[] for _ in columns]
+    return [
+        [float(np.mean([a[name] - b[name] for a, b in those])) for those in pairs.values()]
+        for name in columns
+    ]
 
 
-def lead(columns: tuple[str, ...] = ("pass@1", "entropy", "reward", "distinct_correct")) -> str:
-    """SCOPE with integral minus each other controller: a seed's value is the mean over the targets that both have.
-
-    "Above" counts the pairs of one seed and target in which SCOPE has the higher Pass@1.
-    """
-    cells, rows = [cells_of(f"rivals-{H0}") for H0 in TARGETS], []
-    for rival in list(experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"])[1:]:
-        pairs = {}  # seed -> rows of SCOPE and of the rival, a pair a target
-        for cell in cells:
-            for seed in cell["SCOPE, with integral"].keys() & cell.get(rival, {}).keys():
-                pairs.setdefault(seed, []).append((cell["SCOPE, with integral"][seed], cell[rival][seed]))
-        if pairs:
-            above = [scope["pass@1"] > other["pass@1"] for those in pairs.values() for scope, other in those]
-            gains = [[np.mean([s[name] - r[name] for s, r in those]) for those in pairs.values()] for name in columns]
-            shown = [show(values, "+") for values in gains]
-            rows.append([rival, len(pairs), f"{sum(above)} of {len(above)}", *shown])
-    return markdown(["SCOPE, with integral, minus", "seeds", "above", *columns], rows)
-
-
-def shown_moving() -> str:
-    """The moving target, phase by phase: H over its last 50 steps, and how soon the means of ten steps stay near H0."""
-    phases, rows = ((0, 15, 0.5), (15, 25, 0.3), (25, 35, 0.5)), []  # in tens of steps
+def moving() -> str:
+    """The moving target, phase by phase: H over its last 50 steps, and how soon it stays near H0."""
+    phases = (0, 15, 0.5), (15, 25, 0.3), (25, 35, 0.5)  # in tens of steps
+    rows = []
     for label, cell in cells_of("moving").items():
         values = []
         for first, last, H0 in phases:
             courses = [row["entropies"][first:last] for row in cell.values()]
-            values += [[float(np.mean(course[-5:])) for course in courses]]
-            values += [[float(experiments.settling(course, H0)) for course in courses]]
+            values.append([float(np.mean(course[-5:])) for course in courses])
+            values.append([experiments.settling(course, H0, 10 * len(course)) for course in courses])
         rows.append([label, len(cell), *map(show, values)])
     header = [f"{name} {H0}" for _, _, H0 in phases for name in ("H at", "steps to")]
     return markdown(["moving target", "seeds", *header], rows)
 
 
-def shown_test(name: str) -> str:
-    """Each controller in one of the other tests."""
-    return means(name, cells_of(name), ("entropy", "error", "settling", "reward", "pass@1", "distinct_correct"))
+def gain_grid() -> str:
+    """The gains that were tried: steps to 10%, lowest part, error; means of two seeds."""
+    cells = cells_of("gains")
+    rows = []
+    for gain in (1, 2, 4, 8):
+        shown = [gain]
+        for integral in (0.05, 0.1, 0.2, 0.4):
+            runs = cells[f"{gain}, {integral}"].values()
+            steps, low, far = (
+                np.mean([run[name] for run in runs]) for name in ("settling", "lowest", "error")
+            )
+            shown.append(f"{steps:.0f}, {low:.0%}, {far:.1%}")
+        rows.append(shown)
+    return markdown(["gain, integral gain", 0.05, 0.1, 0.2, 0.4], rows)
+
+
+def what_decides() -> str:
+    """The ingredients and both meanings of alpha at a target of 0.4, under the positional law."""
+    cells = cells_of("alpha") | cells_of("ingredients")
+    shown = {label: cell for label, cell in cells.items() if "H0 0.5" not in label and "0.8" not in label}
+    return means(
+        "positional law, H0 0.4", shown, ("entropy", "error", "reward", "pass@1", "distinct_correct")
+    )
+
+
+def some(experiment: str, labels: list[str]) -> Cells:
+    """Some labels of an experiment, those that have rows."""
+    cells = cells_of(experiment)
+    return {label: cells[label] for label in labels if label in cells}
+
+
+RESULTS = ["GRPO", "GRPO, 640 samples", *SCOPE]
+OTHERS = ["entropy bonus 0.1", "AEPO", "constant T = 1.3", "SCOPE, published rule, H0 0.4"]
+CONTROL = [*RESULTS[:2], *OTHERS, *SCOPE, "SCOPE, positional, H0 0.4"]
+RESULT_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
+TUNED = ("entropy", "error", "lowest", "settling", "reward")
+TESTS = ("cooling", "weak", "dr_grpo", "split", "neighbours", "transfer", "target", "beyond")
+TABLES: dict[str, Callable[[], str]] = {
+    "results": lambda: means("preset tiny", some("control", RESULTS), RESULT_COLUMNS),
+    "control": lambda: means("control", some("control", CONTROL), TESTED),
+    "differences": lambda: differences(some("control", CONTROL), DIFFERENCES),
+    "spread": lambda: spread(some("control", CONTROL)),
+    "offsets": lambda: offsets(cells_of("control")),
+    "rivals": rivals,
+    "gains": gain_grid,
+    "decides": what_decides,
+    "moving": moving,
+    "tuning": lambda: means("tuning", cells_of("tuning"), TUNED),
+    **{name: functools.partial(tested, name) for name in TESTS},
+    "pretrained": pretrained.comparison,
+    "answers": pretrained.answers,
+    "sums": pretrained.sums_table,
+    "signs": probes.sign_table,
+    "factors": probes.factor_table,
+    "loops": probes.loop_table,
+}
+
+
+# --- Pages
+def filled(text: str) -> str:
+    """A page with what stands between its markers made anew. Raises KeyError for what is not known."""
+
+    def fill(match: re.Match) -> str:
+        kind, name, _ = match.groups()
+        content = f"\n{TABLES[name]()}" if kind == "table" else number(*name.split("; "))
+        return f"<!-- {kind} {name} -->{content}<!-- end -->"
+
+    return MARKED.sub(fill, text)
 
 
 def document() -> str:
@@ -251,14 +324,38 @@ def document() -> str:
         parts.append(f"## {name}\n")
         known = set.intersection(*(set(row) for cell in cells.values() for row in cell.values()))
         groups = [[column for column in columns if column in known] for columns in (*COLUMNS, DIFFERENCES)]
-        parts += [means(name, cells, columns) for columns in groups[:2]]
+        parts += [means(name, cells, columns) for columns in groups[:2] if columns]
         parts += [differences(cells, groups[2]), seed_by_seed(cells)]
         if name == "control":
             parts += [spread(cells), offsets(cells)]
     return "\n".join(parts)
 
 
+def stale_pages() -> list[str]:
+    """The pages that do not show what the rows say."""
+    expected = {FOLDER / "tables.md": document()}
+    expected |= {page: filled(page.read_text()) for page in PAGES if page.exists()}
+    return [str(page.relative_to(ROOT)) for page, text in expected.items() if page.read_text() != text]
+
+
+def pages_are_up_to_date() -> bool:
+    """Whether all pages show what the rows say; those that do not are printed."""
+    stale = stale_pages()
+    if stale:
+        print(f"run theory/lab/report.py for {', '.join(stale)}")
+    return not stale
+
+
 # --- Figures
+def course(axis, rows, **style) -> None:
+    """The mean entropy of the parts of some runs, and its interval."""
+    curves = zip(*(row["entropies"] for row in rows), strict=True)
+    mean, half = np.nan_to_num([interval(parts) for parts in curves]).T
+    steps = rows[0]["steps"] * (np.arange(len(mean)) + 0.5) / len(mean)
+    axis.plot(steps, mean, **style)
+    axis.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
+
+
 def draw(path: Path, cells: Cells) -> None:
     """Entropy over the run; against it, Pass@1 minus the first label's, and right answers."""
     import matplotlib.pyplot as plt  # the extra `plot`
@@ -267,19 +364,14 @@ def draw(path: Path, cells: Cells) -> None:
     reference, base = next(iter(cells.items()))
     for i, (label, cell) in enumerate(cells.items()):
         color, rows = plt.cm.tab20(i % 20), list(cell.values())
-        curves = np.array([interval(parts) for parts in zip(*(row["entropies"] for row in rows), strict=True)])
-        mean, half = np.nan_to_num(curves).T
-        share = (np.arange(len(mean)) + 0.5) / len(mean)
-        axes[0].plot(share, mean, label=label, color=color)
-        axes[0].fill_between(share, mean - half, mean + half, color=color, alpha=0.15, lw=0)
-
+        course(axes[0], rows, label=label, color=color)
         x, dx = interval([row["entropy"] for row in rows])
-        gains = [row["pass@1"] - base[seed]["pass@1"] for seed, row in cell.items() if seed in base]
-        distinct = [row["distinct_correct"] for row in rows]
-        for axis, values in zip(axes[1:], (gains, distinct), strict=True):
-            y, dy = interval(values)
-            axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
-    axes[0].set(xlabel="share of the run", ylabel="entropy, nats a token")
+        values = gains(cell, base, "pass@1"), [row["distinct_correct"] for row in rows]
+        for axis, those in zip(axes[1:], values, strict=True):
+            if those:
+                y, dy = interval(those)
+                axis.errorbar(x, y, dy, dx, fmt="o", color=color, lw=1)
+    axes[0].set(xlabel="step", ylabel="entropy, nats a token")
     axes[1].set(ylabel=f"Pass@1 minus {reference}'s, paired")
     axes[2].set(ylabel="distinct right answers of a problem's samples")
     for axis in axes[1:]:
@@ -295,29 +387,31 @@ def draw_entropies(path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     cells = cells_of("control")
-    for label, color in zip(RESULTS, ("black", "tab:blue", "tab:green", "tab:orange"), strict=True):
-        rows = cells[label].values()
-        curves = zip(*(row["entropies"] for row in rows), strict=True)
-        mean, half = np.array([interval(parts) for parts in curves]).T
-        steps = 350 * (np.arange(len(mean)) + 0.5) / len(mean)
-        axis.plot(steps, mean, label=label.replace(", with integral, H0", ", target"), color=color)
-        axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.2, lw=0)
+    for label, color in zip(("GRPO", *SCOPE), ("black", "tab:blue", "tab:green", "tab:orange"), strict=True):
+        rows = list(cells.get(label, {}).values())
+        if rows:
+            course(axis, rows, label=f"{label} ({len(rows)} seeds)", color=color)
         if label != "GRPO":
             axis.axhline(float(label.split()[-1]), color=color, lw=0.8, ls=":")
-    axis.set(xlabel="step", ylabel="entropy, nats a token", xlim=(0, 350), ylim=(0, 0.9))
+    rule = experiments.SCOPE.replace("--scope_", "").replace("_", " ")
+    axis.set(title=f"preset tiny; SCOPE with {rule}, T in [0.5, 1.5]", xlabel="step")
+    axis.set(ylabel="entropy, nats a token", xlim=(0, 350), ylim=(0, 0.9))
     axis.legend(loc="upper right", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_rivals(path: Path) -> None:
-    """A panel a controller: the entropy over the run of every seed at each of the three targets."""
+    """A panel a rule: the entropy over the run of every seed at each of the three targets."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
     labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
-    figure, axes = plt.subplots(2, 5, figsize=(17, 6), sharex=True, sharey=True, layout="constrained")
-    for axis, label in zip(axes.flat, labels, strict=True):
+    options = {"sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(math.ceil(len(labels) / 5), 5, figsize=(17, 9), **options)
+    for axis in axes.flat[len(labels) :]:
+        axis.axis("off")
+    for axis, label in zip(axes.flat, labels, strict=False):
         for H0, color in zip(TARGETS, ("tab:blue", "tab:green", "tab:orange"), strict=True):
             rows = cells[H0].get(label, {}).values()
             for row in rows:
@@ -332,27 +426,24 @@ def draw_rivals(path: Path) -> None:
 
 
 def draw_tests(path: Path) -> None:
-    """A panel a test: the entropy over the run of each controller, a line a seed."""
+    """A panel a test: the entropy over the run of each rule, a line a seed."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
     order = list(experiments.EXPERIMENTS["cooling"])  # a colour for each
+    constant = [0, 350]
     tests = {
-        "moving": "moving target",
-        "cooling": "cooling: sums, target 0.2",
-        "weak": "a weaker start, target 0.4",
-        "dr_grpo": "no standard deviation, target 0.4",
+        "moving": ("moving target", [0, 150, 150, 250, 250, 350], [0.5, 0.5, 0.3, 0.3, 0.5, 0.5]),
+        "cooling": ("cooling: sums, target 0.2", constant, [0.2, 0.2]),
+        "weak": ("a weaker start, target 0.4", constant, [0.4, 0.4]),
+        "dr_grpo": ("no standard deviation, target 0.4", constant, [0.4, 0.4]),
     }
     figure, axes = plt.subplots(1, len(tests), figsize=(17, 4), layout="constrained")
-    for axis, (name, title) in zip(axes, tests.items(), strict=True):
-        cells = cells_of(name)
-        for label, cell in cells.items():
+    for axis, (name, (title, steps, H0)) in zip(axes, tests.items(), strict=True):
+        for label, cell in cells_of(name).items():
             for k, row in enumerate(cell.values()):
-                shown = f"{label}, seeds: {len(cell)}" if k == 0 else None
-                axis.plot(range(5, 350, 10), row["entropies"], color=f"C{order.index(label)}", lw=0.8, label=shown)
-        target = [row["target"] for cell in cells.values() for row in cell.values()][-1]  # GRPO, the first, has none
-        steps, H0 = ([0, 150, 150, 250, 250, 350], [0.5, 0.5, 0.3, 0.3, 0.5, 0.5]) if name == "moving" else (
-            [0, 350], [target] * 2
-        )  # fmt: skip
+                text = f"{label}, seeds: {len(cell)}" if k == 0 else None
+                color = f"C{order.index(label)}"
+                axis.plot(range(5, 350, 10), row["entropies"], color=color, lw=0.8, label=text)
         axis.plot(steps, H0, color="black", lw=0.8, ls=":", label="target")
         axis.set(title=title, xlabel="step", ylabel="entropy, nats a token")
         axis.legend(fontsize=7)
@@ -361,14 +452,18 @@ def draw_tests(path: Path) -> None:
 
 
 def main() -> None:
-    """Write tables.md and the figures."""
+    """Write tables.md, the pages, and the figures."""
+    (FOLDER / "tables.md").write_text(document())
+    for page in PAGES:
+        if page.exists():
+            page.write_text(filled(page.read_text()))
     draw_entropies(FOLDER / "figures" / "entropy.png")
     draw_rivals(FOLDER / "figures" / "rivals.png")
     draw_tests(FOLDER / "figures" / "tests.png")
-    (FOLDER / "tables.md").write_text(document())
-    for name in ("control", "alpha", "target", "beyond", "ingredients", "transfer"):
+    pretrained.draw(FOLDER / "figures" / "pretrained.png")
+    for name in ("control", "alpha", "target", "beyond", "ingredients", "transfer", "neighbours"):
         draw(FOLDER / "figures" / f"{name}.png", cells_of(name))
-    print(f"tables.md and figures/ are in {FOLDER}")
+    print(f"tables.md, figures/ and the pages show what {experiments.ROWS.name} says")
 
 
 if __name__ == "__main__":

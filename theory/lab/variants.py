@@ -1,14 +1,15 @@
 """What if the auxiliary term, or the rule that sets T, were made differently?
 
-A variant is one object with three methods that a run holds, and that may be replaced there:
+A variant is one object with four methods that a run holds, and that may be replaced there:
 
     __call__(H)         the rule: called with H at the end of each step, it sets T for the next one
+    generate            what is sampled
     objective_table     how each completion counts; most variants only `change` the core's table
     scope_loss          what each token counts
 
-`put_into(run, names)` puts it there. Of several names, as in "@moving_target @bonus_pi", the first is
+`put_into(run, kinds)` puts it there. Of several kinds, as in "@moving_target @bonus_pi", the first is
 asked first, and it asks the next by `super()`. What a variant remembers from step to step are plain
-attributes. Checkpoints hold all of them.
+attributes, and checkpoints hold all that are numbers.
 """
 
 import math
@@ -17,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import rollout
 import scope_rl
 import train
-from entropy import masked_mean
 
 
 class Table(NamedTuple):
@@ -38,24 +39,28 @@ class Table(NamedTuple):
 
 
 class Variant(scope_rl.TemperatureRule):
-    """A rule, a table and a loss; these are the core's."""
+    """A rule, a sampler, a table and a loss; these are the core's."""
 
     def __init__(self, run: train.Run) -> None:
         config = run.config
-        limits = config.scope_temperature_min, config.scope_temperature_max
         gains = config.scope_gain, config.scope_integral_gain
         if config.algorithm == "grpo":
             gains = 0.0, 0.0  # T stays 1
-        super().__init__(config.scope_target_entropy, *gains, *limits, config.scope_max_boost)
+        limits = config.scope_temperature_min, config.scope_temperature_max, config.scope_max_boost
+        super().__init__(config.scope_target_entropy, *gains, *limits)
         self.run = run
 
     def state_dict(self) -> dict:
-        """All of its attributes, for a checkpoint."""
-        return {name: value for name, value in vars(self).items() if name != "run"}
+        """All of its attributes that are numbers, for a checkpoint."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what `state_dict` returned."""
         vars(self).update(state)
+
+    def generate(self, model, tokenizer, prompts, temperatures, length) -> rollout.Rollout:
+        """The core's sampler."""
+        return rollout.generate(model, tokenizer, prompts, temperatures, length)
 
     def objective_table(
         self, rewards: Tensor, auxiliary_rewards: Tensor, scope_alpha: float, entropy_coef: float
@@ -72,6 +77,30 @@ class Variant(scope_rl.TemperatureRule):
     def scope_loss(self, logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high):
         """The core's loss."""
         return scope_rl.scope_loss(logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high)
+
+
+class TokenWise(Variant):
+    """A variant in which the tokens of a completion can have advantages of their own."""
+
+    def token_advantages(self, logprobs: Tensor, entropies: Tensor, mask: Tensor, table: Table) -> Tensor:
+        """`[b, C]`, of log pi_old, H and the mask `[b, C]`, and the table's rows.
+
+        Here all tokens of a completion have the same.
+        """
+        return table.advantages[:, None].expand(mask.shape)
+
+    def is_ordinary(self, table: Table) -> Tensor:
+        """`[b, 1]` bool, false for auxiliary samples."""
+        return (table.number < self.run.config.generation_batch_size)[:, None]
+
+    def scope_loss(self, logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high):
+        """The core's loss, which is given each token as a sample of its own, of weight w_i / |o_i|."""
+        A = self.token_advantages(old_logprobs, entropies.detach(), mask, objective)  # [b, C]
+        w = (objective.weights / mask.sum(1))[:, None].expand(mask.shape)
+        c = objective.entropy_coefs[:, None].expand(mask.shape)
+        tokens = scope_rl.Objective(A[mask], w[mask], c[mask])
+        columns = [values[mask][:, None] for values in (logprobs, old_logprobs, entropies, mask)]  # [n, 1]
+        return scope_rl.scope_loss(*columns, tokens, epsilon, epsilon_high)
 
 
 # --- Ingredients of the auxiliary term
@@ -164,7 +193,6 @@ class BonusPI(Variant):
     c = 0.0
 
     def __call__(self, entropy):
-        self.temperature = 1 + self.c
         self.c = super().__call__(entropy) - 1
         self.temperature = 1.0
         return self.temperature
@@ -228,8 +256,8 @@ class EntroPic(Variant):
         A *= 1 + self.a * A.sign()
 
 
-class FlowBalance(EntroPic):
-    """OPEFO's split of the tokens (see `Opefo`) under EntroPIC's law, so that there is a target.
+class FlowBalance(EntroPic, TokenWise):
+    """OPEFO's split of the tokens (neighbours.py) under EntroPIC's law, so that there is a target.
 
     A token weighs 1 + a if its update lowers the entropy, A (x + H) > 0, and else 1 - a. Here a is
     EntroPIC's, x is log p of the token, and H is the entropy of its distribution.
@@ -242,23 +270,16 @@ class FlowBalance(EntroPic):
         """EntroPIC's change of the table is left out, but not that of other variants."""
         super(EntroPic, self).change(table, rewards, auxiliary, alpha)
 
-    def balance(self, flow: Tensor) -> float:
+    def balance(self, flow: Tensor) -> Tensor | float:
         """a; `flow` is -A g of each token of the ordinary samples, which raises H where it is positive."""
         return self.a
 
-    def scope_loss(self, logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high):
-        usual = super().scope_loss(logprobs, old_logprobs, entropies, mask, objective, epsilon, epsilon_high)
-        A = objective.advantages[:, None]  # [b, 1]
-        g = old_logprobs.exp() * (old_logprobs + entropies.detach())  # [b, C]
-        is_ordinary = objective.number < self.run.config.generation_batch_size  # [b]
-        inside = mask & is_ordinary[:, None]  # [b, C]
-        a = self.balance((-A * g)[inside])
-
-        # The core has counted each token once. Add or take away the share a of it.
-        ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
-        surrogate = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
-        extra = a * (A * g).sign() * surrogate * is_ordinary[:, None]
-        return usual[0] - (objective.weights * masked_mean(extra, mask, dim=1)).sum(), usual[1]
+    def token_advantages(self, logprobs, entropies, mask, table):
+        A = super().token_advantages(logprobs, entropies, mask, table)  # [b, C]
+        flow = -A * logprobs.exp() * (logprobs + entropies)
+        balanced = mask & self.is_ordinary(table)
+        a = self.balance(flow[balanced])
+        return torch.where(balanced, A * (1 - a * flow.sign()), A)
 
 
 class BandFilter(Variant):
@@ -329,21 +350,15 @@ VARIANTS: dict[str, type[Variant]] = {
 }
 
 
-def names_and_arguments(options: str) -> tuple[list[str], list[str]]:
-    """`@NAME ... --option value` -> the names of variants, and the rest for train.py."""
-    words = options.split()
-    names = [word[1:] for word in words if word.startswith("@")]
-    return names, [word for word in words if not word.startswith("@")]
+def put_into(run: train.Run, kinds: list[type[Variant]]) -> None:
+    """Replace rule, sampler, table and loss of a run that was set up by those of a variant of these kinds.
 
-
-def put_into(run: train.Run, names: list[str]) -> None:
-    """Replace rule, table and loss of a run that was set up by those of a variant of these names.
-
-    A resumed run's variant goes on with what its checkpoint holds. Raises KeyError for other names.
+    A resumed run's variant goes on with what its checkpoint holds.
     """
-    kinds = tuple(VARIANTS[name] for name in names)
-    variant = type("+".join(names), kinds or (Variant,), {})(run)
+    name = "+".join(kind.__name__ for kind in kinds)
+    variant = type(name, tuple(kinds) or (Variant,), {})(run)
     if run.step > 0:
         checkpoint = torch.load(run.output / "checkpoint.pt", map_location="cpu", weights_only=True)
         variant.load_state_dict(checkpoint["rule"])
-    run.rule, run.objective_table, run.scope_loss = variant, variant.objective_table, variant.scope_loss
+    run.rule, run.generate = variant, variant.generate
+    run.objective_table, run.scope_loss = variant.objective_table, variant.scope_loss

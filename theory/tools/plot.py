@@ -1,8 +1,10 @@
-"""A picture of runs, one over the other:  `python theory/lab/plot.py RUN [RUN ...] [--output FILE]`
+"""A picture of runs, one over the other:  `python theory/tools/plot.py RUN [RUN ...] [--output FILE]`
 
-Draws reward, entropy with the target H0 as a dotted line, T, and Pass@1 where it was evaluated, from
-the folders that train.py writes; a run that is still going is drawn as far as it has come. The
-picture is put beside the first run. Needs matplotlib, the extra `plot`.
+It reads the folders that train.py writes. It prints means over the last steps of each run. Then it
+draws reward, entropy (the target H0 is a dotted line) and T at each step, and what was measured
+before and after training: Pass@1 and the number of distinct right answers. A run that is still going
+is drawn as far as it has come. The picture lies beside the first run. It needs matplotlib, the extra
+`plot`.
 """
 
 import argparse
@@ -10,70 +12,129 @@ import json
 import sys
 from pathlib import Path
 
-PANELS = {
-    "reward": "reward, share of right completions",
+LAST = 20  # steps that the printed means are taken over
+TRAINING = {
+    "reward": "reward, mean of a step",
     "entropy": "entropy, nats a token",
     "scope_temperature": "T of the auxiliary samples",
-    "pass@1": "Pass@1 on the test problems",
 }
-Curves = dict[str, list[tuple[int, float]]]  # a panel's name -> pairs of step and value
+EVALUATION = {
+    "pass@1": "Pass@1 on the test problems",
+    "distinct_correct": "distinct right answers a problem",
+}
+Curves = dict[str, list[tuple[int, float]]]  # a metric's name -> pairs of step and value
 
 
 def read(folder: Path) -> tuple[Curves, float | None]:
-    """The curves of a run, and H0 if it has a target (GRPO has neither T nor H0). A metric of step s
-    is of the policy before that step's update. Raises ValueError if the folder is no run."""
+    """The curves of a run, and its target H0. GRPO alone has neither T nor a target.
+
+    A value at step s is of the policy before that step's update. Raises ValueError for no run.
+    """
     try:
         config = json.loads((folder / "config.json").read_text())
-        lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # the last has no end yet
-        steps = [json.loads(line) for line in lines]
-        evaluations = json.loads((folder / "eval.json").read_text())
         is_scope = config["algorithm"] == "scope"
-        names = ("reward", "entropy", "scope_temperature") if is_scope else ("reward", "entropy")
-        curves = {name: [(step["step"], step[name]) for step in steps] for name in names}
-        when = {"before": 0, "after": steps[-1]["step"] if steps else 0}  # else "step 50", for example
-        evaluated = [(name, means) for name, means in evaluations.items() if means]
-        points = [(when[name] if name in when else int(name.split()[1]), means["pass@1"]) for name, means in evaluated]
-        curves["pass@1"] = sorted(points)
-        return curves, config["scope_target_entropy"] if is_scope else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a run of train.py: {type(error).__name__}: {error}") from None
+        target = config["scope_target_entropy"] if is_scope else None
+
+        # Metrics. Without its line end the last line is still being written.
+        lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+        steps = [json.loads(line) for line in lines]
+        curves = {}
+        for name in TRAINING:
+            if is_scope or name != "scope_temperature":
+                curves[name] = [(step["step"], step[name]) for step in steps]
+
+        # Evaluations. A task without test problems has none.
+        path = folder / "eval.json"
+        evaluations = json.loads(path.read_text()) if path.exists() else {}
+        step_of = {"before": 0, "after": len(steps)}
+        for name in EVALUATION:
+            points = [(step_of[when], means[name]) for when, means in evaluations.items()]
+            curves[name] = sorted(points)
+        return curves, target
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder} is not a run of train.py: {reason}") from None
+
+
+def last_means(curves: Curves) -> str:
+    """A sentence with the means of entropy, reward and T over the last steps."""
+    count = min(LAST, len(curves["entropy"]))
+    if count == 0:
+        return "no steps yet"
+    shown = []
+    for name, label in (("entropy", "entropy"), ("reward", "reward"), ("scope_temperature", "T")):
+        if name in curves:
+            values = [value for _, value in curves[name][-count:]]
+            shown.append(f"{label} {sum(values) / count:.3f}")
+    return f"means over the last {count} steps: {', '.join(shown)}"
 
 
 def draw(runs: dict[str, tuple[Curves, float | None]]):
-    """A figure of four panels; each run has its colour in all of them."""
+    """A figure of the panels that have something to show. Each run has one colour in all of them."""
     from matplotlib.figure import Figure  # the extra `plot`
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = dict(zip(PANELS, figure.subplots(2, 2).flat, strict=True))
-    for i, (label, (curves, target)) in enumerate(runs.items()):
+    # Training above, evaluation below. A panel without points is left out.
+    rows = []
+    for labels in (TRAINING, EVALUATION):
+        drawn = [name for name in labels if any(curves.get(name) for curves, _ in runs.values())]
+        if drawn:
+            rows.append({name: labels[name] for name in drawn})
+    if not rows:
+        raise ValueError("there is nothing to draw yet")
+    figure = Figure(figsize=(12, 3.6 * len(rows)), layout="constrained")
+    subfigures = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    panels = {}
+    for subfigure, labels in zip(subfigures, rows, strict=True):
+        axes = subfigure.subplots(1, len(labels), squeeze=False)[0]
+        for axis, (name, label) in zip(axes, labels.items(), strict=True):
+            axis.set(xlabel="step", ylabel=label)
+            panels[name] = axis
+
+    # The curves.
+    for i, (curves, target) in enumerate(runs.values()):
         color = f"C{i}"
-        for name, pairs in curves.items():
-            marker = "o" if name == "pass@1" else None
-            panels[name].plot(*zip(*pairs, strict=True), color=color, marker=marker, label=label)
-        if target is not None:
-            panels["entropy"].axhline(target, color=color, linestyle=":")
-    for name, panel in panels.items():
-        panel.set(xlabel="step", ylabel=PANELS[name])
-    figure.legend(*panels["entropy"].get_legend_handles_labels(), loc="outside upper center")
+        for name, panel in panels.items():
+            steps, values = zip(*curves.get(name) or [(None, None)], strict=True)
+            if steps != (None,):
+                marker = "o" if name in EVALUATION else None
+                panel.plot(steps, values, color=color, marker=marker)
+            if name == "entropy" and target is not None:
+                panel.axhline(target, color=color, linestyle=":")
+
+    # One legend for all panels.
+    handles = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(runs)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure
 
 
-def main() -> None:
-    """Read the command line; bad input ends in one line."""
+def free_name(run: Path) -> Path:
+    """`RUN.png` beside the run, or `RUN-2.png` and so on where such a picture is there already."""
+    run = run.resolve()
+    path, number = run.parent / f"{run.name}.png", 1
+    while path.exists():
+        number += 1
+        path = run.parent / f"{run.name}-{number}.png"
+    return path
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Bad input ends in one line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
-    parser.add_argument("--output", type=Path, help="the picture; default: RUN.png, of the first run")
-    args = parser.parse_args()
-    first = args.runs[0].resolve()
-    output = args.output or first.parent / f"{first.name}.png"
+    parser.add_argument("--output", type=Path, help="the picture; by default a new RUN.png")
+    args = parser.parse_args(argv)
     try:
-        draw({str(folder): read(folder) for folder in args.runs}).savefig(output, dpi=110)
+        runs = {str(folder): read(folder) for folder in args.runs}
+        for label, (curves, _) in runs.items():
+            print(f"{label}: {last_means(curves)}")
+        output = args.output or free_name(args.runs[0])
+        draw(runs).savefig(output, dpi=110)
     except ImportError:
-        sys.exit('error: plot.py needs matplotlib: pip install -e ".[plot]"')
+        sys.exit("error: the picture needs matplotlib: pip install -e '.[plot]'")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"the picture is {output}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

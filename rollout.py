@@ -346,10 +346,13 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
 
     Raises ValueError for a model that cannot be trained here, and what transformers raises.
     """
-    if (Path(name) / "adapter_config.json").exists():
-        raise ValueError("it has an adapter: merge that into its weights first")
+    check_folder(Path(name))
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end token")
     config = transformers.AutoConfig.from_pretrained(name)
+    if getattr(config, "quantization_config", None):
+        raise ValueError("quantized weights cannot be trained: take the original model")
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -358,37 +361,54 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"it lacks weights: {missing[:3]}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("its tokenizer has no end token")
     for key, weight in model.named_parameters():
         if weight.dtype != torch.float32 or not weight.requires_grad:
-            raise ValueError(f"{key} cannot be trained: take a model that is not quantized")
-        if not weight.isfinite().all():
-            raise ValueError(f"{key} has numbers that are not finite")
+            raise ValueError(f"{key} cannot be trained: it is frozen, or not in float32")
 
-    # Choose the device, and what runs in which precision.
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
-        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
+    # A generation_config that transformers 5.17 could not save keeps its tokens only.
+    own = model.generation_config
+    try:
+        own.validate(strict=True)
+    except ValueError:
+        tokens = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
+        model.generation_config = GenerationConfig(**tokens)
+
+    # The check is exact, so it comes before everything that rounds.
     device = torch.accelerator.current_accelerator(check_available=True)
     model.to(device or "cpu")
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
+    check_sampled_is_scored(model, tokenizer)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which the output head can do with
     if bf16:
         body, head = model.base_model, model.get_output_embeddings()
         bfloat16 = torch.autocast(model.device.type, torch.bfloat16)
         body.forward = bfloat16(body.forward)
         head.register_forward_pre_hook(lambda head, inputs: (at_least_float32(inputs[0]),))
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_sampled_is_scored(model, tokenizer, tolerance=0.3 if bf16 else 0.01)
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.eval(), tokenizer
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that holds something else than a whole model."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("it has an adapter: merge that into its weights first")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        snapshots = sorted(folder.glob("snapshots/*"))
+        hint = f"take {snapshots[-1]}" if snapshots else "save_pretrained saves a model"
+        raise ValueError(f"the folder holds no config.json: {hint}")
+
+
 @torch.no_grad()
-def check_sampled_is_scored(model, tokenizer, tolerance: float) -> None:
+def check_sampled_is_scored(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Sample from prompts of two lengths, and compare the log p that is noted with `score`.
 
     They part where the model is not causal, minds padding, has dropout, or changes its logits after
     the output head (a soft cap, a scale, a bias). Raises ValueError then.
     """
+    if model.base_model is model:
+        raise ValueError("its body and its output head cannot be told apart: choose another model")
     prompts = ["1+2=", "12+34+56+78="] * 4
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(8, 16, generator=generator, dtype=torch.float64)
@@ -396,18 +416,20 @@ def check_sampled_is_scored(model, tokenizer, tolerance: float) -> None:
     rows = torch.arange(8, device=model.device)
     logprobs, _ = score(model.train(), samples, rows)
     distance = (logprobs - samples.logprobs).abs().max().item()
-    if not distance <= tolerance:
+    if not distance <= 0.01:
         wrong = f"log p in sampling and in scoring differ by {distance:.2g} nats"
         raise ValueError(f"{wrong}: it is no plain causal model, choose another")
 
 
 def room(model: PreTrainedModel) -> float:
     """The tokens that the model has positions for, which is infinite where none are numbered."""
-    config = model.config
-    lengths = (
-        getattr(config, "max_position_embeddings", None),
-        getattr(config, "original_max_position_embeddings", None),
-    )
+    config = model.config.get_text_config()
+    lengths = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Beyond this length they turn keys in another way, those in the cache too.
+        lengths.append(rope.get("original_max_position_embeddings"))
+        lengths.append(getattr(config, "original_max_position_embeddings", None))
     return min([length for length in lengths if length], default=math.inf)
 
 

@@ -204,7 +204,7 @@ def evaluate(run: "Run", name: str) -> None:
             chances = [reward.pass_at_k(n, right, k) for right in num_right]
             means[f"pass@{k}"] = mean(chances)
     means["distinct_correct"] = mean(distinct)
-    shown = ", ".join(f"{key} {value:.3f}" for key, value in means.items())
+    shown = ", ".join(f"{key} {value:.3g}" for key, value in means.items())
     tqdm.write(f"{name}: {shown}")
     run.evaluations[name] = means | {"num_right": num_right}
     write_whole(run.output / "eval.json", run.evaluations)
@@ -254,7 +254,8 @@ def train(run: "Run") -> None:
     with one_line_error(f"cannot write {run.output / 'model'}", OSError):
         run.model.save_pretrained(run.output / "model")
         run.tokenizer.save_pretrained(run.output / "model")
-    print(f"all is in {run.output}; to see its course: python theory/tools/plot.py {run.output}")
+    folder = shlex.quote(str(run.output))
+    print(f"all is in {folder}; to see its course: python theory/tools/plot.py {folder}")
 
 
 def reason(steps: deque) -> str:
@@ -553,6 +554,8 @@ def parse_config(argv: list[str]) -> Config:
     """The command line over the preset (--resume: over the run's config). Raises ValueError."""
     given = parse_options(argv)
     if given.get("resume"):
+        if "output_dir" not in given:
+            raise ValueError("--resume needs --output_dir, the folder of a run")
         with one_line_error("nothing to resume: --output_dir must name the folder of a run"):
             values = json.loads((Path(given["output_dir"]) / "config.json").read_text())
         for name in ("preset", "algorithm", "seed", "instruction"):
@@ -570,8 +573,10 @@ def parse_config(argv: list[str]) -> Config:
     ignored = [name for name in given if name.startswith("scope_")]
     if ignored and (values | given)["algorithm"] == "grpo":
         raise ValueError(f"{', '.join(ignored)} without effect on --algorithm grpo")
-    with one_line_error("options do not fit"):
+    try:
         return Config(**values | given)
+    except TypeError as error:
+        raise ValueError(f"config.json does not fit: {error}") from None
 
 
 def parse_options(argv: list[str]) -> dict:
@@ -580,7 +585,8 @@ def parse_options(argv: list[str]) -> dict:
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    about = "Train a language model with SCOPE-RL. In brackets: values, where presets differ of each."
+    about = "Train a language model with SCOPE-RL. In brackets: the default, or if presets differ "
+    about += f"those of {', '.join(PRESETS)}."
     usage = "python train.py [--OPTION VALUE ...]"
     parser = argparse.ArgumentParser(description=about, usage=usage, allow_abbrev=False)
     parser.error = refuse
@@ -594,7 +600,8 @@ def parse_options(argv: list[str]) -> dict:
         settings = {"type": kind, "choices": more.get("choices")}
         if kind is bool:
             settings = {"type": string_to_bool, "nargs": "?", "const": True}
-        values = {str(value): None for value in more["presets"].values()}
+        values = [str(value) for value in more["presets"].values()]
+        values = values[:1] if len(set(values)) == 1 else values
         shown = ", ".join(values).replace(f"{THEORY.parent}/", "")
         text = f"{more['help']} [{shown}]"
         group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **settings)
@@ -614,10 +621,10 @@ def main(argv: list[str] = ()) -> None:
 
     stop_at_signals(run)
     config, parameters = run.config, run.model.num_parameters()
-    task, gigabytes = Path(config.task).stem, 16 * parameters / 1e9
+    task, megabytes = Path(config.task).stem, 16 * parameters / 1e6
     print(f"preset {config.preset}: {config.algorithm} on {task}, into {run.output}")
     print(f"{parameters:,} parameters on {run.model.device}, {len(run.task.train)} problems")
-    print(f"needs {gigabytes:.1f} GB of disk, and nearly as much again while it saves")
+    print(f"needs {megabytes:,.0f} MB of disk, and nearly as much again while it saves")
     resume = f"to go on: python train.py --resume --output_dir {shlex.quote(str(run.output))}"
     try:
         train(run)

@@ -31,12 +31,13 @@ def newey_west(values: list[float], lags: int | None = None) -> float:
     """Standard error of the mean of a series whose values resemble their neighbours.
 
     The variance of the mean of n values is (c_0 + 2 sum_k (1 - k / (lags + 1)) c_k) / n, where c_k is the
-    autocovariance at lag k. By default there are 4 (n / 100)^(2/9) lags (Newey and West 1987, 1994).
+    autocovariance at lag k (Newey and West 1987). By default there are sqrt(n) lags, which is more than the
+    usual rules take, as n is small here.
     """
     x = np.asarray(values, dtype=float) - np.mean(values)
     n = len(x)
     if lags is None:
-        lags = int(4 * (n / 100) ** (2 / 9))
+        lags = math.isqrt(n)
     variance = (x @ x) / n
     for k in range(1, min(lags, n - 1) + 1):
         variance += 2 * (1 - k / (lags + 1)) * (x[k:] @ x[:-k]) / n
@@ -53,7 +54,7 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def welch(values: list[float], others: list[float]) -> str:
-    """The difference of two means, `+mean ± half of its interval`, of runs that are not paired (Welch's t)."""
+    """The difference of two means with half of its interval, of runs that are not paired (Welch's t)."""
     parts = [np.var(x, ddof=1) / len(x) for x in (values, others)]
     freedom = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (values, others), strict=True))
     half = student_t(freedom) * math.sqrt(sum(parts))

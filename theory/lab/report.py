@@ -214,7 +214,7 @@ def rivals() -> str:
 
 
 def lead_over(rival: str, columns: tuple[str, ...], first: str = "SCOPE") -> list[list[float]]:
-    """What `first` has beyond a rival: for each column a value a seed, the mean over targets that both have."""
+    """What `first` has beyond a rival in each column, a value a seed: the mean over targets both have."""
     pairs = {}  # seed -> pairs of rows, one for each target
     for H0 in TARGETS:
         cells = cells_of(f"rivals-{H0}")

@@ -69,41 +69,48 @@ def last_means(curves: Curves) -> str:
     return f"means over the last {count} steps: {', '.join(shown)}"
 
 
-def draw(runs: dict[str, tuple[Curves, float | None]]):
-    """A figure of the panels that have something to show. Each run has one colour in all of them."""
+def lay_out(runs: dict[str, tuple[Curves, float | None]]) -> tuple:
+    """An empty figure, and its panels by name: training above, evaluation below.
+
+    What no run has gets no panel. Raises ValueError where there is nothing to draw.
+    """
     from matplotlib.figure import Figure  # the extra `plot`
 
-    # Training above, evaluation below. A panel without points is left out.
     rows = []
     for labels in (TRAINING, EVALUATION):
-        drawn = [name for name in labels if any(curves.get(name) for curves, _ in runs.values())]
-        if drawn:
-            rows.append({name: labels[name] for name in drawn})
+        names = [name for name in labels if any(curves.get(name) for curves, _ in runs.values())]
+        if names:
+            rows.append(names)
     if not rows:
         raise ValueError("there is nothing to draw yet")
+
     figure = Figure(figsize=(12, 3.6 * len(rows)), layout="constrained")
-    subfigures = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    strips = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     panels = {}
-    for subfigure, labels in zip(subfigures, rows, strict=True):
-        axes = subfigure.subplots(1, len(labels), squeeze=False)[0]
-        for axis, (name, label) in zip(axes, labels.items(), strict=True):
-            axis.set(xlabel="step", ylabel=label)
-            panels[name] = axis
+    for names, strip in zip(rows, strips, strict=True):
+        axes = strip.subplots(1, len(names), squeeze=False)[0]
+        panels |= zip(names, axes, strict=True)
+    for name, panel in panels.items():
+        panel.set(xlabel="step", ylabel=(TRAINING | EVALUATION)[name])
+    return figure, panels
 
-    # The curves.
-    for i, (curves, target) in enumerate(runs.values()):
-        color = f"C{i}"
+
+def draw(runs: dict[str, tuple[Curves, float | None]]):
+    """A figure of all runs. Each has one colour in all panels."""
+    figure, panels = lay_out(runs)
+    for i, (label, (curves, target)) in enumerate(runs.items()):
         for name, panel in panels.items():
-            steps, values = zip(*curves.get(name) or [(None, None)], strict=True)
-            if steps != (None,):
-                marker = "o" if name in EVALUATION else None
-                panel.plot(steps, values, color=color, marker=marker)
-            if name == "entropy" and target is not None:
-                panel.axhline(target, color=color, linestyle=":")
+            points = curves.get(name, [])  # where there are none, the line is only for the legend
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            line = "o--" if name in EVALUATION else "-"  # nothing is known between before and after
+            panel.plot(steps, values, line, color=f"C{i}", label=label)
+        if target is not None and "entropy" in panels:
+            panels["entropy"].axhline(target, color=f"C{i}", linestyle=":")
 
-    # One legend for all panels.
-    handles = [Line2D([], [], color=f"C{i}", label=label) for i, label in enumerate(runs)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    for name in panels.keys() & EVALUATION.keys():
+        panels[name].set_ylim(bottom=0)
+    some_panel = next(iter(panels.values()))
+    figure.legend(*some_panel.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
 

@@ -122,7 +122,8 @@ def generate(
     random numbers in [0, 1), `[B, max_completion_length]`, which are drawn here by default. The same
     numbers give the same completions, however the rows are batched.
     """
-    device, own_config, started = model.device, model.generation_config, time.perf_counter()
+    started = time.perf_counter()
+    device, own_config = model.device, model.generation_config
     if uniforms is None:
         uniforms = torch.rand(len(prompts), max_completion_length, dtype=torch.float64)
 
@@ -170,7 +171,11 @@ def generate(
 
 
 def decode(
-    model: PreTrainedModel, inputs, owner: Tensor, temperatures: Tensor, uniforms: Tensor
+    model: PreTrainedModel,
+    inputs,
+    owner: Tensor,
+    temperatures: Tensor,
+    uniforms: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Continue prompt owner[i] in row i: token ids `[B, C]`, and what `Sampler` noted, `[2, B, C]`."""
     B, C = uniforms.shape
@@ -298,7 +303,8 @@ def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: 
 
     # All but its last token goes into the cache, which is then copied for each of its completions.
     if L > 1:
-        before, places = prompts[:, :-1], positions[:, :-1]
+        before = prompts[:, :-1]
+        places = positions[:, :-1]
         body(before, attention_mask=mask[:, :-1], position_ids=places, **options)
         cache.batch_select_indices(owner)
 

@@ -13,6 +13,7 @@ Below it stand `evaluate` and `train`, the run around the step. The rest is the 
 
 import argparse
 import json
+import logging
 import math
 import os
 import re
@@ -337,13 +338,18 @@ class Config:
     def __post_init__(self) -> None:
         problems = []
         for name, option in OPTIONS.items():
-            value = getattr(self, name)
-            least = option.metadata.get("minimum", 1 if option.type is int else 0)
-            if value == "":
-                problems.append(f"{name} is empty")
-            if option.type in (int, float) and not least <= value <= 1e9:
+            value, kind = getattr(self, name), option.type
+            kind = int | float if kind is float else kind
+            choices = option.metadata.get("choices", [value])
+            least = option.metadata.get("minimum", 1 if kind is int else 0)
+            is_number = kind in (int, int | float)
+            if value == "" or not isinstance(value, kind) or value not in choices:
+                problems.append(f"{name} cannot be {value!r}")
+            elif is_number and not least <= value <= 1e9:
                 problems.append(f"{name} must be from {least} to 1e9")
-        num_prompts = self.generation_batch_size / max(1, self.num_generations)
+        if problems:
+            raise ValueError("; ".join(problems))
+        num_prompts = self.generation_batch_size / self.num_generations
         has_file = self.train_file or self.test_file
         if num_prompts % 1 > 0:
             problems.append("generation_batch_size must be a multiple of num_generations")
@@ -557,7 +563,8 @@ def parse_config(argv: list[str]) -> Config:
         if "output_dir" not in given:
             raise ValueError("--resume needs --output_dir, the folder of a run")
         with one_line_error("nothing to resume: --output_dir must name the folder of a run"):
-            values = json.loads((Path(given["output_dir"]) / "config.json").read_text())
+            path = Path(given["output_dir"]) / "config.json"
+            values = dict(json.loads(path.read_text()))
         for name in ("preset", "algorithm", "seed", "instruction"):
             if given.get(name, values.get(name)) != values.get(name):
                 raise ValueError(f"a resumed run keeps its {name}: start another one for that")
@@ -611,6 +618,7 @@ def parse_options(argv: list[str]) -> dict:
 def main(argv: list[str] = ()) -> None:
     """The command line: bad input ends in one line, an interruption in how to go on."""
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal cannot show
@@ -637,6 +645,11 @@ def main(argv: list[str] = ()) -> None:
     except (KeyboardInterrupt, RewardError, OSError) as error:
         reason = str(error) or "at once, without the last steps"
         sys.exit(f"stopped: {reason}\n{resume}")
+    finally:
+        # A notebook goes on, and so its next run may need the folder and the signals.
+        run.lock.release()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def stop_at_signals(run: Run) -> None:

@@ -102,10 +102,12 @@ def crossing_temperature(z, w, low=1e-3, high=1e6):
 
 
 def entropy_bound(lengths):
-    """The lambda with sum_i exp(-lambda L_i) = 1, `[..., N]` lengths -> `[...]`: the most entropy a
-    token, in nats, that a policy with only right answers can have (section 9). By Newton's method."""
+    """The lambda with sum_i exp(-lambda L_i) = 1, `[..., N]` lengths -> `[...]` (section 9).
+
+    It is the most entropy a token, in nats, of a policy that gives only right answers.
+    """
     bound = torch.zeros(lengths.shape[:-1], dtype=lengths.dtype)
-    for _ in range(30):
+    for _ in range(30):  # Newton's method
         log_q = torch.log_softmax(-bound[..., None] * lengths, dim=-1)
         bound = entropy_of(log_q) / expectation(log_q.exp(), lengths)
     return bound

@@ -145,8 +145,8 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the batches are too small for more
-    failures = table("proved", statements, random_policies(args.cases))
-    failures += table("proved, hard cases", statements, hard_policies(args.cases // 10))
+    failures = table("proved (prime: d/dT)", statements, random_policies(args.cases))
+    failures += table("proved, on hard cases", statements, hard_policies(args.cases // 10))
     table("not a theorem", non_theorems, random_policies(args.cases // 5))
     print(f"{args.cases:,} policies, seed {args.seed}: {failures:,} failures of what is proved")
     return int(failures > 0)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import neighbours
+import rollout
 import train
 import variants
 
@@ -282,12 +283,14 @@ def make(folder: Path, config, example: Callable, steps: int, seed: int) -> Path
 
 
 def write_sums() -> None:
-    """The questions of `transfer` as JSONL files, the same every time."""
+    """The questions of `transfer` as JSONL files, 128 to train and 128 to evaluate, the same every time."""
     WORK.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        rng = random.Random(split)
-        problems = [sums.example(rng, split)[0] for _ in range(128)]
-        lines = [json.dumps({"question": p.question, "answer": p.answer}) + "\n" for p in problems]
+        rng, answers = random.Random(split), {}  # by question
+        while len(answers) < 128:
+            problem, _ = sums.example(rng, split)
+            answers[problem.question] = problem.answer
+        lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in answers.items()]
         (WORK / f"{split}.jsonl").write_text("".join(lines))
 
 
@@ -312,8 +315,20 @@ def one_run(job: tuple[str, int]) -> dict:
         train.train(run)
     row = {"options": options, "seed": seed, "target": run.config.scope_target_entropy}
     row |= summary(folder) | {"cpu_seconds": round(time.process_time() - before, 1)}
+    if run.task.test:
+        row["answers"] = answers_of(run)
     shutil.rmtree(folder)
     return row
+
+
+def answers_of(run: train.Run, count: int = 8) -> dict:
+    """Answers to the first test question, which has the same random numbers every time; rewards."""
+    length, asked = run.config.max_completion_length, run.task.test[:1] * count
+    prompts, T = [problem.prompt for problem in asked], torch.ones(count)
+    uniforms = torch.rand(count, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    samples = rollout.generate(run.model.eval(), run.tokenizer, prompts, T, length, uniforms)
+    rewards = train.grade(run.task, asked, samples).tolist()
+    return {"question": asked[0].question, "texts": samples.texts, "rewards": rewards}
 
 
 def summary(folder: Path) -> dict:

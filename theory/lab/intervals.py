@@ -65,3 +65,8 @@ def markdown(header: list, rows: list[list]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def as_code(texts: list[str]) -> str:
+    """Texts in code font, for a cell of a table."""
+    return " ".join("`" + " ".join(text.replace("|", "/").replace("`", " ").split()) + "`" for text in texts)

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 
 import experiments
-import rollout
 import train
 import variants
 from experiments import GRPO, RIVALS, target
-from intervals import markdown, show, welch
+from intervals import as_code, markdown, show, welch
 
 ROWS = Path(__file__).parent / "pretrained.jsonl"
 WORK = Path("outputs") / "pretrained"
@@ -54,7 +53,7 @@ def one_run(model: str, label: str, seed: int) -> dict:
     run = train.set_up(train.parse_config([*COMMON.split(), *own]))
     if kinds:
         variants.put_into(run, kinds)
-    before = answers_of(run)
+    before = experiments.answers_of(run)
     train.train(run)
 
     # What is kept.
@@ -63,23 +62,15 @@ def one_run(model: str, label: str, seed: int) -> dict:
     row = {"label": label, "options": LABELS[label], "seed": seed}
     row |= {"target": run.config.scope_target_entropy, "settings": settings(run.config)}
     row |= {name: [round(step[name], 4) for step in steps] for name in KEPT}
-    question = [problem.question for problem in run.task.test[:1]]
-    return row | {"evaluations": run.evaluations, "question": question, "texts": [before, answers_of(run)]}
+    after = experiments.answers_of(run)
+    row |= {"question": [before["question"]], "texts": [before["texts"], after["texts"]]}
+    return row | {"evaluations": run.evaluations}
 
 
 def settings(config: train.Config) -> dict:
     """What a config says, except files and the seed: a row keeps it, as presets change."""
     left_out = ("model", "task", "output_dir", "seed")
     return {name: value for name, value in vars(config).items() if name not in left_out}
-
-
-def answers_of(run: train.Run, count: int = 8) -> list[str]:
-    """Answers to the first test question, with the same random numbers every time."""
-    length, prompts = run.config.max_completion_length, [run.task.test[0].prompt] * count
-    uniforms = torch.rand(count, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return rollout.generate(
-        run.model.eval(), run.tokenizer, prompts, torch.ones(count), length, uniforms
-    ).texts
 
 
 # --- Tables and the figure
@@ -129,12 +120,8 @@ def answers() -> str:
     first = {label: rows[0] for label, rows in cells().items() if rows[0]["seed"] == 0}
     shown = [("before", row["texts"][0]) for row in [*first.values()][:1]]
     shown += [(label, row["texts"][-1]) for label, row in first.items()]
-    lines = []
-    for label, texts in shown:
-        one_line = [" ".join(text.replace("|", "/").replace("`", " ").split()) for text in texts]
-        lines.append([label, " ".join(f"`{text}`" for text in one_line)])
     question = next((row["question"][0] for row in first.values()), "")  # the same in all
-    return markdown(["run", f"answers to: {question}"], lines)
+    return markdown(["run", f"answers to: {question}"], [[label, as_code(texts)] for label, texts in shown])
 
 
 def sums_table() -> str:

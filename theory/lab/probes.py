@@ -75,7 +75,10 @@ def set_up(rest: list[str], resumed: Path | None = None, algorithm: str | None =
             config["algorithm"] = algorithm or config["algorithm"]
             (Path(folder) / "config.json").write_text(json.dumps(config))
             rest = ["--resume", *rest]
-        return train.set_up(train.parse_config([*rest, "--output_dir", folder]))
+        run = train.set_up(train.parse_config([*rest, "--output_dir", folder]))
+    if run.config.num_auxiliary == 0:
+        run.rule.temperature = 1.0  # and not that of the run before
+    return run
 
 
 def draw(run: train.Run, problems: list[Problem], count: int, T: float) -> tuple[rollout.Rollout, Tensor]:

@@ -21,15 +21,11 @@ import numpy as np
 import experiments
 import pretrained
 import probes
-from intervals import interval, markdown, show
+from intervals import as_code, interval, markdown, show
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-PAGES = [
-    ROOT / "README.md",
-    *(ROOT / "theory" / name for name in ("README.md", "QUESTIONS.md")),
-    *(FOLDER / name for name in ("README.md", "pretrained.md")),
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "theory").glob("*.md")), *sorted(FOLDER.glob("*.md"))]
 MARKED = re.compile(r"<!-- (table|number) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 Cells = dict[str, dict[int, dict]]
 TARGETS = experiments.TARGETS
@@ -143,6 +139,8 @@ def spread(cells: Cells) -> str:
     """
     rows = []
     for label, cell in cells.items():
+        if {seed % 2 for seed in cell} != {0, 1}:
+            continue
         H = np.array([cell[seed]["entropy"] for seed in cell])
         starts = np.array([H[[seed % 2 == start for seed in cell]].mean() for start in (0, 1)])
         share = np.var(starts[[seed % 2 for seed in cell]]) / np.var(H)
@@ -163,6 +161,17 @@ def evaluation_error(row: dict, samples: int = 64) -> float:
     """Standard error of a run's Pass@1, if its problems stay and their samples are drawn again."""
     p = np.array(row["num_right"]) / samples
     return math.sqrt((p * (1 - p)).sum() / (samples - 1)) / len(p)
+
+
+def answers() -> str:
+    """What GRPO and SCOPE answer to one question at the end of a run, seed 0; a row that keeps answers."""
+    rows, question = [], ""
+    for label in ("GRPO", "SCOPE, H0 0.4"):
+        kept = cells_of("control").get(label, {}).get(0, {}).get("answers")
+        if kept:
+            question, right = kept["question"], kept["rewards"].count(1)
+            rows.append([label, f"{right} of {len(kept['texts'])}", as_code(kept["texts"])])
+    return markdown(["run", "right", f"answers to `{question}`"], rows)
 
 
 def offsets(cells: Cells) -> str:
@@ -287,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "differences": lambda: differences(some("control", CONTROL), DIFFERENCES),
     "spread": lambda: spread(some("control", CONTROL)),
     "offsets": lambda: offsets(cells_of("control")),
+    "answers": answers,
     "rivals": rivals,
     "gains": gain_grid,
     "decides": what_decides,
@@ -294,7 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning": lambda: means("tuning", cells_of("tuning"), TUNED),
     **{name: functools.partial(tested, name) for name in TESTS},
     "pretrained": pretrained.comparison,
-    "answers": pretrained.answers,
+    "pretrained answers": pretrained.answers,
     "sums": pretrained.sums_table,
     "signs": probes.sign_table,
     "factors": probes.factor_table,
@@ -333,8 +343,7 @@ def document() -> str:
 
 def stale_pages() -> list[str]:
     """The pages that do not show what the rows say."""
-    expected = {FOLDER / "tables.md": document()}
-    expected |= {page: filled(page.read_text()) for page in PAGES if page.exists()}
+    expected = {page: filled(page.read_text()) for page in PAGES} | {FOLDER / "tables.md": document()}
     return [str(page.relative_to(ROOT)) for page, text in expected.items() if page.read_text() != text]
 
 
@@ -391,12 +400,12 @@ def draw_entropies(path: Path) -> None:
         rows = list(cells.get(label, {}).values())
         if rows:
             course(axis, rows, label=f"{label} ({len(rows)} seeds)", color=color)
+            axis.legend(loc="upper right", ncols=2)
         if label != "GRPO":
             axis.axhline(float(label.split()[-1]), color=color, lw=0.8, ls=":")
     rule = experiments.SCOPE.replace("--scope_", "").replace("_", " ")
     axis.set(title=f"preset tiny; SCOPE with {rule}, T in [0.5, 1.5]", xlabel="step")
     axis.set(ylabel="entropy, nats a token", xlim=(0, 350), ylim=(0, 0.9))
-    axis.legend(loc="upper right", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -455,8 +464,7 @@ def main() -> None:
     """Write tables.md, the pages, and the figures."""
     (FOLDER / "tables.md").write_text(document())
     for page in PAGES:
-        if page.exists():
-            page.write_text(filled(page.read_text()))
+        page.write_text(filled(page.read_text()))
     draw_entropies(FOLDER / "figures" / "entropy.png")
     draw_rivals(FOLDER / "figures" / "rivals.png")
     draw_tests(FOLDER / "figures" / "tests.png")

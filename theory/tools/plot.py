@@ -108,7 +108,8 @@ def draw(runs: dict[str, tuple[Curves, float | None]]):
             panels["entropy"].axhline(target, color=f"C{i}", linestyle=":")
 
     for name in panels.keys() & EVALUATION.keys():
-        panels[name].set_ylim(bottom=0)
+        panels[name].update_datalim([(0, 0)])  # let the axis begin at 0
+        panels[name].autoscale_view()
     some_panel = next(iter(panels.values()))
     figure.legend(*some_panel.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure

@@ -1,8 +1,11 @@
-"""theory/lab/trl_scope.py: TRL's loss and steps against scope_rl's, on the same completions."""
+"""theory/tools/trl_scope.py: TRL's loss and steps against scope_rl's, on the same completions."""
 
+import copy
 import json
 import os
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -14,6 +17,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 import countdown
+import reward
 import rollout
 import scope_rl
 import train
@@ -21,23 +25,24 @@ import train
 trl = pytest.importorskip("trl")
 import trl_scope  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-START = str(ROOT / "theory" / "tiny" / "start-0")
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "theory" / "tools" / "trl_scope.py"
+START = ROOT / "theory" / "tiny" / "start-0"
 TASK = """
 import countdown
 
 def task(config):
     return countdown.task(config)._replace(reward=lambda problem, text: float(sum(map(ord, text)) % 2))
 """  # about half of all completions are right
-# N = 16 in groups of G = 4, in micro-batches of 4. N' = round(0.6 N) = 10; to make equal parts, 12 are drawn.
+# N = 16 in groups of G = 4, in micro-batches of 4. M = round(0.6 N) = 10; to make equal parts, 12 are drawn.
 SMALL = shlex.split(
-    f"--model {START} --num_train_problems 12 --generation_batch_size 16 --num_generations 4 "
-    "--per_device_train_batch_size 4 --max_completion_length 10 --bf16 false --gradient_checkpointing false "
-    "--report_to none --disable_tqdm true --use_cpu true --save_strategy no --logging_steps 1 "
-    "--scope_alpha 0.6 --scope_weight 0.7 --scope_target_entropy 0.9 --scope_gain 0.3 --scope_integral_gain 0.2 "
-    "--scope_integral_band 9 --scope_temperature_min 0.5 --scope_temperature_max 1.5"
+    f"--model {START} --generation_batch_size 16 --num_generations 4 --per_device_train_batch_size 4 "
+    "--max_completion_length 10 --bf16 false --gradient_checkpointing false --report_to none --disable_tqdm true "
+    "--use_cpu true --save_strategy no --logging_steps 1 --scope_share 0.6 --scope_alpha 0.7 "
+    "--scope_target_entropy 0.9 --scope_gain 0.3 --scope_integral_gain 0.2 "
+    "--scope_temperature_min 0.5 --scope_temperature_max 1.5"
 )
-WEIGHT, AUXILIARY, DRAWN = 0.7, 10, 12  # alpha as a weight, N', and with the surplus
+ALPHA, M, DRAWN = 0.7, 10, 12  # DRAWN is with the surplus
 
 
 @pytest.fixture
@@ -53,24 +58,15 @@ def rows_of(trainer):
 
 
 def as_rollout(batch, tokenizer):
-    """TRL's rows, padded on both sides, as ours; and the reward of each."""
-    rows = [
-        (ids[mask == 1], completion[kept == 1])
-        for ids, mask, completion, kept in zip(
-            batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"], strict=True
-        )
-    ]
-    lengths = torch.tensor([len(prompt) + len(completion) for prompt, completion in rows])
-    sequences = torch.full((len(rows), int(lengths.max())), tokenizer.pad_token_id)
-    completion_mask = torch.zeros(sequences.shape, dtype=torch.bool)
-    for i, (prompt, completion) in enumerate(rows):
-        sequences[i, : lengths[i]] = torch.cat([prompt, completion])
-        completion_mask[i, len(prompt) : lengths[i]] = True
-    truncated = torch.tensor([tokenizer.eos_token_id not in completion for _, completion in rows])
-    texts = tokenizer.batch_decode([completion for _, completion in rows], skip_special_tokens=True)
+    """TRL's rows as ours, with a prompt for each; and the reward of each."""
+    ids, mask = batch["completion_ids"], batch["completion_mask"] == 1
+    tokens = [row[kept] for row, kept in zip(ids, mask, strict=True)]
+    truncated = torch.tensor([tokenizer.eos_token_id not in row for row in tokens])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     rewards = torch.tensor([float(sum(map(ord, text)) % 2) for text in texts]).double() * ~truncated
-    noted = torch.zeros(sequences.shape)  # which TRL's samples come without
-    return rollout.Rollout(sequences, completion_mask, noted, noted, lengths, truncated, texts), rewards
+    prompts, owner = (batch["prompt_ids"], batch["prompt_mask"]), torch.arange(len(ids))
+    noted = torch.zeros(ids.shape)  # which TRL's samples come without
+    return rollout.Rollout(*prompts, owner, ids, mask, noted, noted, truncated, texts, seconds=0.0), rewards
 
 
 def sample_advantages(rewards):
@@ -98,16 +94,14 @@ def gradient(model):
 
 
 @pytest.mark.parametrize("their_head, tolerance", [(False, 1e-6), (True, 1e-5)])
-@pytest.mark.parametrize("parts, weight", [(1, WEIGHT), (4, 0.6)])  # the second is not given, so alpha's
+@pytest.mark.parametrize("parts, boost", [(1, 1.0), (4, 1.5)])
 @pytest.mark.parametrize("with_auxiliary", [True, False])
 def test_loss_and_gradient_are_ours(
-    arguments, tokenizer, monkeypatch, with_auxiliary, parts, weight, their_head, tolerance
+    arguments, tokenizer, monkeypatch, with_auxiliary, parts, boost, their_head, tolerance
 ):  # fmt: skip
-    if weight != WEIGHT:
-        place = arguments.index("--scope_weight")
-        del arguments[place : place + 2]
     # Two mini-batches: TRL keeps log pi_old, which is then moved away, for ratios beyond the clip.
     trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "2"])
+    trainer.rule.boost = boost
     model = trainer.model.double().train()
     if not their_head:
         trainer._get_per_token_logps_and_entropies = in_float64
@@ -118,19 +112,18 @@ def test_loss_and_gradient_are_ours(
     batch["old_per_token_logps"] = batch["old_per_token_logps"] + noise
     samples, rewards = as_rollout(batch, tokenizer)
     B = 16 + DRAWN if with_auxiliary else 16
-    groups, auxiliary = rewards[:16].view(4, 4), rewards[16:][:AUXILIARY]
+    groups, auxiliary = rewards[:16].view(4, 4), rewards[16:][:M]
     assert len(rewards) == B and groups.std(1).max() > 0
-    assert not with_auxiliary or 0 < auxiliary.sum() < AUXILIARY
+    assert not with_auxiliary or 0 < auxiliary.sum() < M
 
     monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
-    table = scope_rl.objective_table(groups, auxiliary, weight)
+    table = scope_rl.objective_table(groups, auxiliary, ALPHA * boost)
     rows = torch.arange(len(table.weights))
     logprobs, entropies = rollout.score(model, samples, rows)
-    old = torch.zeros(samples.sequences.shape, dtype=torch.float64)
-    old[samples.completion_mask] = batch["old_per_token_logps"][batch["completion_mask"] == 1]
-    columns = logprobs, old[rows], entropies, samples.completion_mask[rows]
+    old = batch["old_per_token_logps"][rows]
+    columns = logprobs, old, entropies, samples.completion_mask[rows]
     loss, _ = scope_rl.scope_loss(*columns, table)
-    for some in (table.advantages > 0, table.advantages < 0, rows >= 16):  # the clip cuts off some of each kind
+    for some in (table.advantages > 0, table.advantages < 0, rows >= 16):  # some of each kind are clipped
         _, clipped = scope_rl.scope_loss(*(x[some] for x in columns), table.rows(some))
         assert clipped > 0 or not some.any()
     loss.backward()
@@ -139,7 +132,8 @@ def test_loss_and_gradient_are_ours(
     trainer.current_gradient_accumulation_steps = parts
     total = 0.0
     for part in torch.randperm(B).view(parts, -1):
-        part_loss = trainer._compute_loss(model, {name: x[part] if x.ndim else x for name, x in batch.items()})
+        part_of_batch = {name: x[part] if x.ndim else x for name, x in batch.items()}
+        part_loss = trainer._compute_loss(model, part_of_batch)
         part_loss.backward()
         total += part_loss.item()
     assert total == pytest.approx(loss.item(), abs=tolerance)
@@ -147,9 +141,9 @@ def test_loss_and_gradient_are_ours(
 
 
 def test_auxiliary_completions_are_drawn_at_T_for_all_prompts(arguments, tokenizer):
-    cold = ["--scope_temperature_min", "0.01", "--scope_temperature_max", "0.01"]
     torch.manual_seed(0)
-    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4", *cold])
+    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4"])
+    trainer.rule.temperature = 0.01
     trainer.model.train()
     metrics = trainer._metrics
     batch = trainer._generate_and_score_completions(rows_of(trainer))
@@ -160,26 +154,29 @@ def test_auxiliary_completions_are_drawn_at_T_for_all_prompts(arguments, tokeniz
         inputs = tokenizer(prompt, return_tensors="pt")
         ids = trainer.model.eval().generate(**inputs, max_new_tokens=10, do_sample=False)[0]
         cold_texts[prompt] = tokenizer.decode(ids[inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    texts = dict.fromkeys(samples.texts[16:][:AUXILIARY])
+    texts = dict.fromkeys(samples.texts[16:][:M])
     assert list(texts) == list(dict.fromkeys(cold_texts.values())) and len(texts) > 1
     assert len(set(samples.texts[:16])) > 8  # the ordinary ones were drawn at 1
     assert trainer.generation_config.temperature == 1 and trainer.num_generations == 4
     assert trainer._metrics is metrics and len(metrics["train"]["reward"]) == 1  # of the ordinary ones only
     # Surplus rows are in no mean: neither in the objective nor in scope_positive_frac.
-    assert batch["advantages"][16 + AUXILIARY :].eq(0).all()
-    assert metrics["train"]["scope_positive_frac"] == [rewards[16:][:AUXILIARY].mean().item()]
+    assert batch["advantages"][16 + M :].eq(0).all()
+    assert metrics["train"]["scope_positive_frac"] == [rewards[16:][:M].mean().item()]
 
 
 def test_prompts_and_rewards_are_train_py_s(arguments, tokenizer):
     trainer = trl_scope.set_up([*arguments, "--task", countdown.__file__])
-    task = countdown.task(train.Config(seed=trainer.args.seed, num_train_problems=12, num_eval_problems=0))
-    prompts = rollout.format_prompts(tokenizer, [problem.question for problem in task.train], task.instruction)
+    task = countdown.task(train.Config(seed=trainer.args.seed, output_dir="x"))
+    questions = [problem.question for problem in task.train]
+    prompts = rollout.format_prompts(tokenizer, questions, task.instruction)
     ids = trainer.processing_class(text=trainer.train_dataset["prompt"][:]).input_ids
     assert ids == tokenizer(prompts, add_special_tokens=False).input_ids
-    assert [(row["question"], row["answer"]) for row in trainer.train_dataset] == list(map(tuple, task.train))
+    rows = [reward.Problem(row["question"], row["answer"]) for row in trainer.train_dataset]
+    assert rows == task.train
     end, right = tokenizer.eos_token_id, "7+2+5+5"
-    columns = {"question": ["2,5,7:19="] * 3, "answer": ["19"] * 3, "completion_ids": [[5, end], [5], [5, end]]}
-    assert trainer.reward_funcs[0](completions=[right, right, "7"], **columns) == [1.0, 0.0, 0.0]  # cut off, wrong
+    columns = {"question": ["2,5,7:19="] * 3, "answer": ["19"] * 3, "completion_ids": [[5, end], [5], [5, end]]}  # fmt: skip
+    rewards = trainer.reward_funcs[0](completions=[right, right, "7"], **columns)
+    assert rewards == [1.0, 0.0, 0.0]  # right, cut off, wrong
 
 
 def test_a_begin_token_comes_once(arguments, monkeypatch):
@@ -198,15 +195,18 @@ def test_a_begin_token_comes_once(arguments, monkeypatch):
 def test_a_file_of_questions(tmp_path):
     rows = [{"question": f"2,5,7:{i}=", "answer": str(i)} for i in range(10)]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    options = f"--model {START} --train_file {tmp_path / 'data.jsonl'} --output_dir {tmp_path / 'run'} --bf16 false"
+    shutil.copytree(START, tmp_path / "mine")  # with tiny's own, train.py refuses a file of questions
+    options = (
+        f"--model {tmp_path}/mine --train_file {tmp_path}/data.jsonl --output_dir {tmp_path}/run --bf16 false"
+    )
     assert len(trl_scope.set_up(options.split()).train_dataset) == 9  # the last tenth is there to evaluate on
-    trainer = trl_scope.set_up([*options.split(), "--num_train_problems", "5"])
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows[5:]))
+    trainer = trl_scope.set_up([*options.split(), "--test_file", str(tmp_path / "test.jsonl")])
     assert list(trainer.train_dataset["question"]) == [row["question"] for row in rows[:5]]
     assert trainer.args.use_cpu == (not torch.accelerator.is_available())
-    config, published = trainer.config, train.Config()
-    names = [field.name for field in trl_scope.OPTIONS if field.name.startswith("scope_")]
+    names = [name for name in trl_scope.OPTIONS if name.startswith("scope_")]
     assert len(names) == 8
-    assert all(getattr(config, name) == getattr(published, name) for name in names)
+    assert all(getattr(trainer.config, name) == getattr(train.Config(output_dir="x"), name) for name in names)
     columns = {"question": ["2,5,7:3="], "answer": ["3"], "completion_ids": [[5, 1]]}
     assert trainer.reward_funcs[0](completions=["#### 3"], **columns) == [1.0]
     assert trainer.reward_funcs[0](completions=["#### 4"], **columns) == [0.0]
@@ -214,13 +214,8 @@ def test_a_file_of_questions(tmp_path):
 
 def test_join_pads_prompts_on_the_left_and_the_rest_on_the_right():
     def rows(n, prompt, completion, value):
-        sizes = {
-            "prompt_ids": prompt,
-            "prompt_mask": prompt,
-            "completion_ids": completion,
-            "completion_mask": completion,
-        }
-        sizes |= {"old_per_token_logps": completion, "importance_sampling_ratio": 1}
+        sizes = dict.fromkeys(("prompt_ids", "prompt_mask"), prompt) | {"importance_sampling_ratio": 1}
+        sizes |= dict.fromkeys(("completion_ids", "completion_mask", "old_per_token_logps"), completion)
         return {name: torch.full((n, size), value) for name, size in sizes.items()}
 
     one = {**rows(2, 1, 3, 5), "advantages": torch.ones(2), "num_items_in_batch": torch.tensor(6)}
@@ -247,11 +242,10 @@ def record(argv, path):
     generate, generations = trainer._generate_and_score_completions, []
 
     def recording(inputs):
-        weights = {name: x.clone() for name, x in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+        weights = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).state_dict())
         batch = generate(inputs)
-        generations.append(
-            {"weights": weights, "batch": batch, "T": trainer._metrics["train"]["scope_temperature"][-1]}
-        )
+        T = trainer._metrics["train"]["scope_temperature"][-1]
+        generations.append({"weights": weights, "batch": batch, "T": T})
         return batch
 
     trainer._generate_and_score_completions = recording
@@ -264,7 +258,7 @@ def record(argv, path):
 
 def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, monkeypatch):
     """Three steps of plain gradient descent, each on a whole generation; recomputed with scope_rl on one process."""
-    paths = [str(ROOT / folder) for folder in ("", "theory", "theory/lab", "theory/tiny")]
+    paths = [str(ROOT / folder) for folder in ("", "theory", "theory/tools", "theory/tiny")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     descent = "--optim sgd --learning_rate 0.2 --lr_scheduler_type constant --max_grad_norm 1e9 --max_steps 3"
     options = [*arguments, *descent.split(), "--gradient_accumulation_steps", "2"]
@@ -281,7 +275,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
 
     monkeypatch.setattr(scope_rl, "group_advantages", sample_advantages)
     model = transformers.AutoModelForCausalLM.from_pretrained(START).eval()
-    integral, expected, lr, tokens, surplus = 0.0, 1.0, 0.2, [], []
+    last, expected, lr, tokens, surplus = None, 1.0, 0.2, [], []
     for step, pair in enumerate(zip(*(rank["generations"] for rank in ranks), strict=True)):
         assert T[step] == pytest.approx(expected, abs=1e-5)
         model.load_state_dict(pair[0]["weights"])
@@ -295,16 +289,15 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
         tokens.append([int(mask.sum()) for mask in masks])
         assert ranks[0]["log"][step]["entropy"] == pytest.approx(H, abs=1e-5)
         assert ranks[0]["log"][step]["scope_temperature"] == T[step]
-        expected, integral = scope_rl.scope_temperature(
-            H, integral, target=0.9, gain=0.3, minimum=0.5, maximum=1.5, integral_gain=0.2, integral_band=9
-        )
+        fall = 0.0 if last is None else last - H
+        expected, last = min(1.5, max(0.5, expected + 0.3 * fall + 0.2 * (0.9 - H))), H
 
         surplus.extend(rewards[0][13:].tolist() + rewards[1][13:].tolist())
-        turns = [(i % 2, 8 + i // 2) for i in range(AUXILIARY)]  # process and row of each auxiliary completion
+        turns = [(i % 2, 8 + i // 2) for i in range(M)]  # process and row of each auxiliary completion
         auxiliary = torch.stack([rewards[rank][row] for rank, row in turns])
         assert ranks[0]["log"][step]["scope_positive_frac"] == pytest.approx(auxiliary.mean().item())
         groups = torch.cat([rewards[0][:8], rewards[1][:8]]).view(4, 4)
-        table = scope_rl.objective_table(groups.float(), auxiliary.float(), WEIGHT)
+        table = scope_rl.objective_table(groups.float(), auxiliary.float(), ALPHA)
         places = [(rank, row) for rank in (0, 1) for row in range(8)] + turns
         loss = 0.0
         for i, (rank, row) in enumerate(places):
@@ -322,7 +315,7 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
     assert len(surplus) == 6 and 1 in surplus  # rewarded, and without weight
 
 
-def test_checkpoints_keep_H_and_the_integral(arguments, tmp_path):
+def test_checkpoints_keep_the_rule(arguments, tmp_path):
     options = [*arguments, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
     options += ["--learning_rate", "1e-2", "--gradient_accumulation_steps", "4"]  # a step is a generation
     straight = trl_scope.set_up(options)
@@ -330,16 +323,35 @@ def test_checkpoints_keep_H_and_the_integral(arguments, tmp_path):
     resumed = trl_scope.set_up(options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     names = ("entropy", "scope_temperature", "scope_positive_frac", "reward")
-    logs = [[[row[name] for name in names] for row in run.state.log_history[:4]] for run in (straight, resumed)]
+    histories = [run.state.log_history[:4] for run in (straight, resumed)]
+    logs = [[[row[name] for name in names] for row in history] for history in histories]
     assert logs[0] == logs[1]
     assert len({row[1] for row in logs[0]}) == 4
     state = straight.state.stateful_callbacks["scope"]
-    assert state == resumed.state.stateful_callbacks["scope"] and state["integral"] != 0
+    assert state == resumed.state.stateful_callbacks["scope"] == straight.rule.state_dict()
+    assert state["wanted"] != 1
+    resumed.state.stateful_callbacks["scope"] = {"entropy": 0.5, "integral": 0.1}  # an older version's
+    with pytest.raises(ValueError, match="another version"):
+        resumed._generate_and_score_completions(rows_of(resumed))
+
+
+def test_the_models_own_generation_config_is_put_aside(arguments):
+    """It would change the policy where TRL leaves something open. Options that change nothing are taken."""
+    arguments += ["--reward_weights", "1", "--min_p", "0", "--generation_kwargs", "{}"]
+    drawn = []
+    for own in ({}, {"suppress_tokens": list(range(2, 8)), "no_repeat_ngram_size": 1}):
+        trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4"])
+        trainer.model.train().generation_config.update(**own)
+        torch.manual_seed(0)
+        drawn.append(trainer._generate_and_score_completions(rows_of(trainer))["completion_ids"])
+        assert own.items() <= trainer.model.generation_config.to_dict().items()
+    assert torch.equal(*drawn)
 
 
 def test_vllm_samples_at_T_and_its_correction_is_for_ordinary_rows(arguments):
     """A stand-in for TRL's vLLM backend: its log-probabilities are off, and it reports how it was called."""
-    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4", "--scope_temperature_max", "0.6"])
+    trainer = trl_scope.set_up([*arguments, "--gradient_accumulation_steps", "4"])
+    trainer.rule.temperature = 0.6
     calls = []
 
     def generate(prompts, num_generations, **_):
@@ -359,31 +371,39 @@ def test_vllm_samples_at_T_and_its_correction_is_for_ordinary_rows(arguments):
 # --- Bad input ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--loss_type", "dapo"], "loss_type"),
-        (["--beta", "0.1"], "beta"),
-        (["--temperature", "0.7"], "whole policy at temperature 1"),
-        (["--top_k", "5"], "whole policy at temperature 1"),
-        (["--scope_alpha", "0"], "scope_weight"),
-        (["--model", "/no/such/folder"], "folder"),
-        (["--task", "/no/such.py"], "such.py"),
-    ],
-)
-def test_what_cannot_work_ends_in_one_line(arguments, monkeypatch, options, message):
-    monkeypatch.setattr(sys, "argv", ["trl_scope.py", *arguments, *options])
+@pytest.mark.parametrize("options, message", [
+    ("--loss_type dapo", "loss_type"), ("--beta 0.1", "beta"), ("--temperature 0.7", "temperature 1, not 0.7"),
+    ("--top_k 5", "top_k"), ("--top_p 0.9", "top_p"), ("--min_p 0.1", "min_p"),
+    ("--repetition_penalty 1.1", "repetition_penalty"), ("--reward_weights 2", "reward_weights"),
+    ('--generation_kwargs {"temperature":0.3}', "generation_kwargs"), ("--disable_dropout false", "disable_dropout"),
+    ("--mask_truncated_completions true", "mask_truncated_completions"), ("--entropy_coef 0.1", "entropy_coef"),
+    ("--scope_share 0", "scope_alpha"), ("--scope_weight 1", "scope_weight"),  # the last is an older version's
+    ("--model /no/such/folder", "folder"), ("--task /no/such.py", "such.py"),
+])  # fmt: skip
+def test_what_cannot_work_ends_in_one_line(arguments, options, message):
     with pytest.raises(SystemExit, match=message) as stop:
-        trl_scope.main()
-    assert stop.value.code.startswith("error: ")
+        trl_scope.main([*arguments, *options.split()])
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+
+
+def test_a_reward_that_fails_ends_in_one_line(arguments, tmp_path):
+    (tmp_path / "task.py").write_text(TASK.replace("float(sum(map(ord, text)) % 2)", "2.0"))
+    with pytest.raises(SystemExit, match=r"2\.0 is not a number"):
+        trl_scope.main(arguments)
 
 
 @pytest.mark.parametrize("name", [name for name in trl_scope.INTERNALS if hasattr(trl.GRPOTrainer, name)])
 def test_another_trl_without_a_method_ends_in_one_line(arguments, monkeypatch, name):
     monkeypatch.delattr(trl.GRPOTrainer, name)
-    monkeypatch.setattr(sys, "argv", ["trl_scope.py", *arguments])
     with pytest.raises(SystemExit, match=f"{name}: install trl"):
-        trl_scope.main()
+        trl_scope.main(arguments)
+
+
+@pytest.mark.parametrize("missing", ["trl", "datasets"])
+def test_without_the_extra_it_says_what_to_install(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"^error: .*{missing}.*pip install -e '.\[trl\]'$"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_the_extra_installs_the_versions_that_the_messages_name():

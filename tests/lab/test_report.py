@@ -1,0 +1,158 @@
+"""theory/lab/report.py and intervals.py: statistics by hand or by another formula, tables, and the pages."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import experiments
+import intervals
+import report
+
+
+def test_students_t_is_the_one_of_the_tables():
+    table = {(1, 0.95): 12.706, (3, 0.95): 3.182, (7, 0.95): 2.365, (1000, 0.95): 1.962, (7, 0.999): 5.408}
+    for (freedom, level), t in table.items():
+        assert intervals.student_t(freedom, level) == pytest.approx(t, abs=6e-4)
+
+
+def test_an_interval_shows_two_of_its_digits():
+    assert intervals.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.3027 / math.sqrt(3), rel=1e-4))
+    series = [1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [0.1234], [0.5, 0.5]
+    assert [*map(intervals.show, series)] == ["2.0 ± 2.5", "20 ± 25", "0.123", "0.500"]
+
+
+def test_newey_west_is_the_error_of_the_mean_of_a_series_with_memory():
+    """x_t = .6 x_(t-1) + e_t has a mean of standard error 1 / (.4 sqrt(n)), 2 times what independence says."""
+    rng = np.random.default_rng(0)
+    means, errors, naive = [], [], []
+    for _ in range(300):
+        x = np.zeros(900)
+        for t in range(1, 900):
+            x[t] = 0.6 * x[t - 1] + rng.normal()
+        means.append(x[100:].mean())
+        errors.append(intervals.newey_west(x[100:]))
+        naive.append(x[100:].std() / 800**0.5)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+    assert np.mean(errors) == pytest.approx(1 / (0.4 * 800**0.5), rel=0.1)
+    assert np.mean(naive) == pytest.approx(np.mean(errors) / 2, rel=0.1)
+    assert intervals.newey_west([1.0, 2.0, 4.0], lags=0) == pytest.approx(np.std([1, 2, 4]) / 3**0.5)
+
+
+def test_welch_does_not_pair():
+    # By hand: variances 1 and 4 of three each give 5/3, its root 1.291; 2.94 degrees of freedom, t 3.22.
+    assert intervals.welch([1.0, 2.0, 3.0], [4.0, 2.0, 0.0]) == "+0.00 ± 4.16"
+
+
+def rows_for(monkeypatch, tmp_path, rows: list[dict]) -> None:
+    usual = {"scope_temperature": 1.2, "target": 0.4, "steps": 350, "reward": 0.9, "distinct_correct": 9.0}
+    usual |= {"entropy": 0.3, "entropies": [0.0] * 28 + [0.3] * 7}
+    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
+    experiments.ROWS.write_text("".join(json.dumps(usual | row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def two_labels(tmp_path, monkeypatch):
+    """Cells whose seeds differ a lot, and B - A hardly; of two rows of A and 0 the later counts."""
+    monkeypatch.setitem(experiments.EXPERIMENTS, "two", {"A": "a", "B": "b", "none yet": "c"})
+    values = [
+        ("a", 0, 9),
+        ("a", 0, 0.1),
+        ("a", 1, 0.5),
+        ("a", 2, 0.9),
+        ("b", 0, 0.2),
+        ("b", 1, 0.61),
+        ("b", 3, 0),
+    ]
+    rows = [{"options": options, "seed": seed, "pass@1": value} for options, seed, value in values]
+    rows_for(
+        monkeypatch, tmp_path, [*rows, {"options": "a", "seed": 100, "pass@1": 5.0}]
+    )  # a seed of the tuning
+    return report.cells_of("two")
+
+
+def test_means_and_paired_differences(two_labels):
+    text = report.means("two", two_labels, ("entropy", "error", "pass@1"))
+    assert "| A | 3 | 0.300 | 0.250 | 0.50 ± 0.99 |" in text
+    assert "none yet" not in text
+    assert report.number("two", "A", "pass@1") == "0.50 ± 0.99"
+    assert report.number("two", "B minus A", "pass@1") == "+0.105 ± 0.064"  # the two seeds they share
+    assert "| B | 2 | +0.105 ± 0.064 * |" in report.differences(two_labels, ("pass@1",))
+    # One of four has to be larger: then t is 25.5 and not 12.7.
+    many = two_labels | {name: two_labels["B"] for name in "CDE"}
+    assert report.differences(many, ("pass@1",)).count("| +0.105 ± 0.064 |") == 4
+
+
+def test_pages_are_filled_between_their_markers(two_labels, monkeypatch):
+    monkeypatch.setitem(report.TABLES, "name", lambda: "| a |\n")
+    page = "x <!-- number two; A; pass@1 --> <!-- end --> <!-- table name -->old<!-- end --> y"
+    filled = (
+        "x <!-- number two; A; pass@1 -->0.50 ± 0.99<!-- end --> <!-- table name -->\n| a |\n<!-- end --> y"
+    )
+    assert report.filled(page) == report.filled(filled) == filled
+    with pytest.raises(KeyError):
+        report.filled("<!-- table of nothing --><!-- end -->")
+
+
+def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):
+    # By hand: seeds 0 and 1 lead by .2 and .3, seed 3, at one target, by -.1.
+    gains = {0.3: {0: 0.1, 1: 0.4}, 0.4: {0: 0.2, 1: 0.3, 3: -0.1}, 0.5: {0: 0.3, 1: 0.2}}
+    rows = []
+    for H0, cell in gains.items():
+        table = experiments.EXPERIMENTS[f"rivals-{H0}"]
+        for seed, gain in cell.items():
+            for label, value in (("SCOPE", H0 + gain), ("dual ascent", H0)):
+                own = {"options": table[label], "seed": seed, "pass@1": value, "target": H0}
+                rows.append(own | {"entropies": [0.5 * H0] * 7 + [H0] * 28})
+    rows_for(monkeypatch, tmp_path, rows)
+    (lead,) = report.lead_over("dual ascent", ("pass@1",))
+    assert lead == pytest.approx([0.2, 0.3, -0.1])
+    assert (
+        "| dual ascent | 2 | 70, 70, 70 | 0.0%, 0.0%, 0.0% | 50%, 50%, 50% | +0.13 ± 0.52 |"
+        in report.rivals()
+    )
+
+
+def test_the_spread_over_seeds_and_warm_starts():
+    H = {0: 0.1, 1: 0.3, 2: 0.2, 3: 0.4}
+    course = [0.5] * 21 + [0.3] * 7 + [0.2] * 7
+    cells = {"A": {seed: {"entropy": h, "entropies": course} for seed, h in H.items()}}
+    sd = math.sqrt(sum((h - 0.25) ** 2 for h in H.values()) / 3)
+    assert f"| A | 4 | {sd:.3f} | 80% | -0.100 |" in report.spread(cells)  # .15 and .35: .01 of .0125
+
+
+def test_the_error_of_an_evaluation_is_that_of_other_samples():
+    p, rng = np.array([0.1, 0.5, 0.9, 0.7]), np.random.default_rng(0)
+    drawn = rng.binomial(64, p, size=(20_000, 4))
+    errors = [report.evaluation_error({"num_right": row}) for row in drawn[:500]]
+    assert np.mean(errors) == pytest.approx(np.std(drawn.mean(1) / 64), rel=0.03)
+
+
+@pytest.mark.parametrize("slope", [0.5, 2.0])
+def test_the_predicted_rest_solves_the_linear_case(slope):
+    """T* = 1 + slope (H - 0.1) meets T = 1 + H0 - H at H = (H0 + 0.1 slope) / (1 + slope)."""
+    points = [(H, 1 + slope * (H - 0.1)) for H in (0.6, 0.1, 0.35)]
+    for H0 in (0.3, 0.5):
+        predicted = report.predicted_rest(points, H0)
+        assert predicted == pytest.approx((H0 + 0.1 * slope) / (1 + slope), abs=2e-4)
+
+
+def test_a_moving_target_is_measured_phase_by_phase(tmp_path, monkeypatch):
+    course = [0.9] * 3 + [0.5] * 12 + [0.4] * 2 + [0.3] * 8 + [0.3] * 10  # it never comes back
+    own = {"options": experiments.EXPERIMENTS["moving"]["stepwise bonus"], "seed": 0, "entropies": course}
+    rows_for(monkeypatch, tmp_path, [own])
+    cells = "0.500 | 30.000 | 0.300 | 20.000 | 0.300 | 100.000"
+    assert report.moving().splitlines()[2:] == [f"| stepwise bonus | 1 | {cells} |"]
+
+
+def test_the_figures_are_drawn(two_labels, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.draw(tmp_path / "two.png", two_labels)
+    for draw in (report.draw_entropies, report.draw_rivals, report.draw_tests, report.pretrained.draw):
+        draw(tmp_path / f"{draw.__name__}.png")
+    assert all(path.stat().st_size > 8_000 for path in tmp_path.glob("*.png"))
+
+
+def test_the_pages_show_what_the_rows_say():
+    assert report.pages_are_up_to_date()

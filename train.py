@@ -429,8 +429,9 @@ def set_up(config: Config) -> Run:
     give_prompts(run)
 
     output.mkdir(parents=True, exist_ok=True)
+    run.lock = filelock.FileLock(output / "lock", timeout=0)
     with one_line_error(f"cannot lock {output} (does another run write into it?)"):
-        run.lock = filelock.FileLock(output / "lock", timeout=0).acquire()
+        run.lock.acquire()
     if config.resume:
         load_checkpoint(run)
     write_whole(output / "config.json", vars(config) | {"resume": False})

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from architectures import make_model
 
 ROOT = Path(__file__).parents[1]
 START = ROOT / "theory" / "tiny" / "start-0"
@@ -23,30 +24,16 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(START)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_model(tokenizer):
     """A function that makes a random Qwen3 of two layers; keyword arguments go to its config."""
-
-    def make(**changes) -> transformers.Qwen3ForCausalLM:
-        torch.manual_seed(0)
-        config = transformers.Qwen3Config(
-            **{
-                "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64,
-                "initializer_range": 0.3, "tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
-            }
-            | changes
-        )  # fmt: skip
-        return transformers.Qwen3ForCausalLM(config).eval()
-
-    return make
+    return lambda **changes: make_model("qwen3", tokenizer, **changes)
 
 
-@pytest.fixture
-def model_folder(random_model, tokenizer, tmp_path):
-    """A folder that `--model` takes: a random model with its tokenizer."""
-    folder = tmp_path / "model"
+@pytest.fixture(scope="session")
+def model_folder(random_model, tokenizer, tmp_path_factory):
+    """A folder that `--model` takes: a random model with its tokenizer. Tests that change it copy it."""
+    folder = tmp_path_factory.mktemp("model")
     random_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -54,7 +54,9 @@ def changed(tmp_path, monkeypatch):
         return folder
 
     yield change
-    copied = [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))]
+    copied = [
+        name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__file__", ""))
+    ]
     for name in copied:
         del sys.modules[name]
     sys.modules.update(before)
@@ -103,7 +105,10 @@ def test_what_is_printed_is_what_the_answer_says(number, changed):
         for text, value in zip(pair, values, strict=True):
             digits = len(text.rstrip("%").partition(".")[2])
             scale = 100 if text.endswith("%") else 1
-            assert value * scale == pytest.approx(float(text.rstrip("%")), abs=3 * 10**-digits), (number, pair)
+            assert value * scale == pytest.approx(float(text.rstrip("%")), abs=3 * 10**-digits), (
+                number,
+                pair,
+            )
 
 
 def test_the_rule_of_the_challenge_runs_and_is_measured(tmp_path):
@@ -115,7 +120,9 @@ def test_the_rule_of_the_challenge_runs_and_is_measured(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if "settled" in line]
     assert [line for line in lines if line.startswith("yours")] == [lines[0], lines[len(lines) // 2]]
-    assert set(lines) - {line for line in lines if line.startswith("yours")} <= set(EXERCISES[12].splitlines())
+    assert set(lines) - {line for line in lines if line.startswith("yours")} <= set(
+        EXERCISES[12].splitlines()
+    )
 
 
 # --- The curves that move
@@ -138,5 +145,3 @@ def unchanged(tmp_path_factory):
     folder = copy_of_the_project(tmp_path_factory.mktemp("unchanged") / "copy", [])
     commands = re.findall(r"^python (train.py .*)$", PAGE.split("\n## ")[0], re.M)
     return [trained(folder, command, str(i)) for i, command in enumerate(commands)]
-
-

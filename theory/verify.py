@@ -131,7 +131,8 @@ def table(title, statements, policies):
         margin = torch.cat(parts)
         failed = ~(margin > 0)  # a NaN fails too
         rate = failed.double().mean()
-        print(f"{name:<45} {len(margin):>9,} {failed.sum():>8,} {rate:>6.1%} {margin.min():>8.1e}")
+        worst = min(margin.tolist(), default=math.nan)
+        print(f"{name:<45} {len(margin):>9,} {failed.sum():>8,} {rate:>6.1%} {worst:>8.1e}")
         failures += int(failed.sum())
     print()
     return failures

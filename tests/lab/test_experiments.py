@@ -1,5 +1,6 @@
 """theory/lab/experiments.py: its tables of options, its runs, and the measures of control."""
 
+import gc
 import json
 
 import numpy as np
@@ -68,6 +69,7 @@ def test_a_variants_run_leaves_a_row_and_the_core_and_resumes_as_if_it_had_not_s
     monkeypatch.setattr(train, "train_step", stops_at_step_5)
     with pytest.raises(KeyboardInterrupt):
         experiments.one_run((options, 1))
+    gc.collect()  # a run of another process would have let go of its folder
     resumed = experiments.one_run((options, 1))
     assert set(asked) == {str(train.THEORY / "tiny" / "start-1")}
     assert resumed.pop("cpu_seconds") and whole.pop("cpu_seconds")  # no two runs have the same

@@ -35,7 +35,7 @@ def test_auxiliary_samples_count_as_in_the_core_beside_each(
     name, random_model, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(neighbours, "EXPLORERS", tmp_path)
-    model_folder.rename(tmp_path / "smaller-0")
+    (tmp_path / "smaller-0").symlink_to(model_folder)
     variant = make_variant(f"@{name} {SMALL}", model=random_model())
     variant(0.3)
     variant.ratios = torch.rand(N + 5, 4)

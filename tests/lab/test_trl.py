@@ -26,7 +26,6 @@ trl = pytest.importorskip("trl")
 import trl_scope  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "theory" / "tools" / "trl_scope.py"
 START = ROOT / "theory" / "tiny" / "start-0"
 TASK = """
 import countdown
@@ -90,9 +89,7 @@ def gradient(model):
     return flat
 
 
-# --- The objective ------------------------------------------------------------------------------------------------------
-
-
+# --- The objective
 @pytest.mark.parametrize("their_head, tolerance", [(False, 1e-6), (True, 1e-5)])
 @pytest.mark.parametrize("parts, boost", [(1, 1.0), (4, 1.5)])
 @pytest.mark.parametrize("with_auxiliary", [True, False])
@@ -171,8 +168,7 @@ def test_prompts_and_rewards_are_train_py_s(arguments, tokenizer):
     prompts = rollout.format_prompts(tokenizer, questions, task.instruction)
     ids = trainer.processing_class(text=trainer.train_dataset["prompt"][:]).input_ids
     assert ids == tokenizer(prompts, add_special_tokens=False).input_ids
-    rows = [reward.Problem(row["question"], row["answer"]) for row in trainer.train_dataset]
-    assert rows == task.train
+    assert [reward.Problem(row["question"], row["answer"]) for row in trainer.train_dataset] == task.train
     end, right = tokenizer.eos_token_id, "7+2+5+5"
     columns = {"question": ["2,5,7:19="] * 3, "answer": ["19"] * 3, "completion_ids": [[5, end], [5], [5, end]]}  # fmt: skip
     rewards = trainer.reward_funcs[0](completions=[right, right, "7"], **columns)
@@ -188,28 +184,23 @@ def test_a_begin_token_comes_once(arguments, monkeypatch):
     trainer = trl_scope.set_up(arguments)
     ids = trainer.processing_class(text=trainer.train_dataset["prompt"][0]).input_ids
     question = trainer.train_dataset["question"][0]
-    assert ids == plain("<eos>" + question[:8], add_special_tokens=False).input_ids
-    assert ids.count(1) == 1
+    assert ids == plain("<eos>" + question[:8], add_special_tokens=False).input_ids and ids.count(1) == 1
 
 
 def test_a_file_of_questions(tmp_path):
     rows = [{"question": f"2,5,7:{i}=", "answer": str(i)} for i in range(10)]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     shutil.copytree(START, tmp_path / "mine")  # with tiny's own, train.py refuses a file of questions
-    options = (
-        f"--model {tmp_path}/mine --train_file {tmp_path}/data.jsonl --output_dir {tmp_path}/run --bf16 false"
-    )
+    options = f"--model {tmp_path}/mine --train_file {tmp_path}/data.jsonl --output_dir {tmp_path} --bf16 no"
     assert len(trl_scope.set_up(options.split()).train_dataset) == 9  # the last tenth is there to evaluate on
     (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows[5:]))
     trainer = trl_scope.set_up([*options.split(), "--test_file", str(tmp_path / "test.jsonl")])
     assert list(trainer.train_dataset["question"]) == [row["question"] for row in rows[:5]]
     assert trainer.args.use_cpu == (not torch.accelerator.is_available())
-    names = [name for name in trl_scope.OPTIONS if name.startswith("scope_")]
-    assert len(names) == 8
+    names = [name for name in train.OPTIONS if name.startswith("scope_")]
     assert all(getattr(trainer.config, name) == getattr(train.Config(output_dir="x"), name) for name in names)
-    columns = {"question": ["2,5,7:3="], "answer": ["3"], "completion_ids": [[5, 1]]}
-    assert trainer.reward_funcs[0](completions=["#### 3"], **columns) == [1.0]
-    assert trainer.reward_funcs[0](completions=["#### 4"], **columns) == [0.0]
+    columns = {"question": ["?", "?"], "answer": ["3", "3"], "completion_ids": [[5, 1], [5, 1]]}
+    assert trainer.reward_funcs[0](completions=["#### 3", "#### 4"], **columns) == [1.0, 0.0]
 
 
 def test_join_pads_prompts_on_the_left_and_the_rest_on_the_right():
@@ -233,16 +224,14 @@ def test_join_pads_prompts_on_the_left_and_the_rest_on_the_right():
     }
 
 
-# --- Runs ---------------------------------------------------------------------------------------------------------------
-
-
+# --- Runs
 def record(argv, path):
     """Train, and keep what every generation started from and what it drew, on this process."""
     trainer = trl_scope.set_up(argv)
-    generate, generations = trainer._generate_and_score_completions, []
+    model, generate, generations = trainer.model, trainer._generate_and_score_completions, []
 
     def recording(inputs):
-        weights = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model).state_dict())
+        weights = copy.deepcopy(model.state_dict())
         batch = generate(inputs)
         T = trainer._metrics["train"]["scope_temperature"][-1]
         generations.append({"weights": weights, "batch": batch, "T": T})
@@ -250,9 +239,8 @@ def record(argv, path):
 
     trainer._generate_and_score_completions = recording
     trainer.train()
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    result = {"generations": generations, "weights": weights, "log": trainer.state.log_history}
-    result["processes"] = trainer.accelerator.num_processes
+    weights, processes = model.state_dict(), trainer.accelerator.num_processes
+    result = {"generations": generations, "weights": weights, "log": trainer.state.log_history, "processes": processes}  # fmt: skip
     torch.save(result, f"{path}.{trainer.accelerator.process_index}")
 
 
@@ -262,12 +250,12 @@ def test_two_processes_take_the_steps_of_one(arguments, tokenizer, tmp_path, mon
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     descent = "--optim sgd --learning_rate 0.2 --lr_scheduler_type constant --max_grad_norm 1e9 --max_steps 3"
     options = [*arguments, *descent.split(), "--gradient_accumulation_steps", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, __file__, str(tmp_path / "record"), *options]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    command = [sys.executable, *launch.split(), __file__, str(tmp_path / "record"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"record.{rank}", weights_only=False) for rank in (0, 1)]
-    assert ranks[0]["processes"] == 2
+    assert [rank["processes"] for rank in ranks] == [2, 2]
     for name, x in ranks[0]["weights"].items():
         assert torch.equal(x, ranks[1]["weights"][name]), name
     T = [generation["T"] for generation in ranks[0]["generations"]]
@@ -329,7 +317,6 @@ def test_checkpoints_keep_the_rule(arguments, tmp_path):
     assert len({row[1] for row in logs[0]}) == 4
     state = straight.state.stateful_callbacks["scope"]
     assert state == resumed.state.stateful_callbacks["scope"] == straight.rule.state_dict()
-    assert state["wanted"] != 1
     resumed.state.stateful_callbacks["scope"] = {"entropy": 0.5, "integral": 0.1}  # an older version's
     with pytest.raises(ValueError, match="another version"):
         resumed._generate_and_score_completions(rows_of(resumed))
@@ -362,15 +349,12 @@ def test_vllm_samples_at_T_and_its_correction_is_for_ordinary_rows(arguments):
     trainer.use_vllm, trainer._last_loaded_step = True, 0
     trainer.vllm_generation = types.SimpleNamespace(temperature=1.0, generate=generate)
     batch = trainer._generate_and_score_completions(rows_of(trainer))
-    assert calls == [(1.0, 4, 16), (0.6, 1, DRAWN)]
-    assert trainer.vllm_generation.temperature == 1.0
+    assert calls == [(1.0, 4, 16), (0.6, 1, DRAWN)] and trainer.vllm_generation.temperature == 1.0
     assert (batch["importance_sampling_ratio"][:16] != 1).all()
     assert (batch["importance_sampling_ratio"][16:] == 1).all()
 
 
-# --- Bad input ----------------------------------------------------------------------------------------------------------
-
-
+# --- Bad input
 @pytest.mark.parametrize("options, message", [
     ("--loss_type dapo", "loss_type"), ("--beta 0.1", "beta"), ("--temperature 0.7", "temperature 1, not 0.7"),
     ("--top_k 5", "top_k"), ("--top_p 0.9", "top_p"), ("--min_p 0.1", "min_p"),
@@ -403,7 +387,7 @@ def test_another_trl_without_a_method_ends_in_one_line(arguments, monkeypatch, n
 def test_without_the_extra_it_says_what_to_install(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"^error: .*{missing}.*pip install -e '.\[trl\]'$"):
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(trl_scope.__file__, run_name="__main__")
 
 
 def test_the_extra_installs_the_versions_that_the_messages_name():

@@ -217,13 +217,16 @@ EXPERIMENTS: dict[str, dict[str, str]] = {
     "dr_grpo": {"GRPO": f"@dr_grpo {GRPO}", **controllers("@dr_grpo", target(0.4))},
     # Where T is at its clip, a boost of the term's weight goes on: with and without.
     "split": {
-        f"{name}, {label}": " ".join(f"{before} {SCOPE} {boost} {after}".split())
-        for label, before, after in (
-            ("weak", "", f"{WEAK} {target(0.4)}"),
-            *((f"H0 {H}", "", target(H)) for H in (0.5, 0.6, 0.7)),
-            ("moving", "@moving_target", target(0.5)),
+        f"{name}, {label}": f"{boost} {SCOPE} {after}".strip()
+        for label, after in (
+            ("weak", f"{WEAK} {target(0.4)}"),
+            *((f"H0 {H}", target(H)) for H in (0.5, 0.6, 0.7)),
         )
         for name, boost in (("SCOPE", ""), ("split range", "--scope_max_boost 8"))
+    }
+    | {
+        "SCOPE, moving": f"@moving_target {SCOPE} {target(0.5)}",
+        "split range, moving": f"@moving_target {SCOPE} --scope_max_boost 8 {target(0.5)}",
     },
     "neighbours": {
         "GRPO": GRPO,

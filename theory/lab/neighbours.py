@@ -49,7 +49,7 @@ class Opefo(FlowBalance):
     the batch is a mini-batch.
     """
 
-    __call__ = Variant.__call__  # the rule of SCOPE, as there is none of its own
+    __call__ = Variant.__call__  # not EntroPIC's
 
     def balance(self, flow):
         return flow.sum() / flow.abs().sum().clamp(min=1e-12)  # a is -lam

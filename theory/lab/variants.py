@@ -44,11 +44,17 @@ class Variant(scope_rl.TemperatureRule):
     def __init__(self, run: train.Run) -> None:
         config = run.config
         gains = config.scope_gain, config.scope_integral_gain
-        if config.algorithm == "grpo":
-            gains = 0.0, 0.0  # T stays 1
         limits = config.scope_temperature_min, config.scope_temperature_max, config.scope_max_boost
         super().__init__(config.scope_target_entropy, *gains, *limits)
         self.run = run
+
+    def __call__(self, entropy: float) -> float:
+        """T by the law, or 1 where there are no auxiliary samples."""
+        return self.law(entropy) if self.run.config.num_auxiliary > 0 else 1.0
+
+    def law(self, entropy: float) -> float:
+        """The core's rule."""
+        return super().__call__(entropy)
 
     def state_dict(self) -> dict:
         """All of its attributes that are numbers, for a checkpoint."""
@@ -146,7 +152,7 @@ class Positional(Variant):
     integral = 0.0
     band = 0.1
 
-    def __call__(self, entropy):
+    def law(self, entropy):
         error = self.target - entropy
         wanted = 1 + self.gain * error + self.integral
         self.temperature = min(max(wanted, self.minimum), self.maximum)
@@ -193,7 +199,7 @@ class BonusPI(Variant):
     c = 0.0
 
     def __call__(self, entropy):
-        self.c = super().__call__(entropy) - 1
+        self.c = self.law(entropy) - 1
         self.temperature = 1.0
         return self.temperature
 

@@ -1,210 +1,217 @@
 """How fast, and how much memory?  Two commands, which take train.py's options as well:
 
-    python theory/lab/benchmark.py speed [--repeats 5] [--peer] ...     seconds a step, by phase; peak memory
-    python theory/lab/benchmark.py memory [--prompt_length 200] ...     gigabytes, calculated, nothing is run
+    python theory/tools/benchmark.py speed [--repeats 5] [--peer] ...     seconds a step, peak memory
+    python theory/tools/benchmark.py memory [--prompt_length 200] ...     gigabytes, calculated
 
-`speed` takes training steps on a model and says how long sampling and updating took, and what they
-would take at the least on this machine. Every completion counts and half of them are rewarded, so
-that every group has something to learn. With --peer (the extra `trl`) TRL's GRPOTrainer takes its
-steps in turn with ours, in one process, on the same prompts, group size, lengths and precision,
-without gradient checkpointing, one gradient step a batch (give ours --num_mini_batches 1).
+`speed` takes training steps, and prints how long sampling and the update take. Steps without rewards
+would skip the update and look fast. So every other completion of a group counts as right, and every
+auxiliary one: then all completions teach, and the last line says how many did.
+
+With --peer (the extra `trl`) TRL's GRPOTrainer takes a step before each of ours, in one process.
+Compared are steps of GRPO: the same prompts, group size, longest completion, micro-batches, precision
+and learning rate, one gradient step a batch, and everything teaches. By default these are 4 prompts x
+4 completions x 48 tokens. Each program draws its own completions.
+
+`memory` adds up what a run needs at its longest completions, without running anything.
 """
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
+import reward
+import rollout
+import scope_rl
 import train
 
+PEER = (  # options of a comparison with TRL; those that are given come after them
+    "--algorithm grpo --num_mini_batches 1 --generation_batch_size 16 --num_generations 4 "
+    "--max_completion_length 48 --per_device_train_batch_size 16"
+)
 
+
+# --- Memory, calculated
 def parameters_and_shape(name: str) -> tuple[int, transformers.PretrainedConfig]:
-    """Number of parameters of a causal LM, and its config; no weights are loaded."""
-    config = transformers.AutoConfig.from_pretrained(name)
+    """Number of parameters of a causal LM, and its config. No weights are loaded."""
+    with reward.one_line_error(f"cannot read the config of {name}", OSError):
+        config = transformers.AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     return model.num_parameters(), config
 
 
 def memory(config: train.Config, prompt_length: int) -> dict[str, float]:
-    """Gigabytes (10^9 bytes) of each part of a run, at the longest completions; see `main` for the sums.
+    """Gigabytes (10^9 bytes) of each part of a run, and what exists at once in a step's two phases.
 
     Activations count what a transformer block of the Llama and Qwen family keeps for its backward
-    pass, a token: 34 hidden-sized values without gradient checkpointing, and with it one a block and
-    those of a single block.
+    pass, a token: 34 hidden-sized values. With gradient checkpointing (which comes with bf16) it is
+    one a block, and those of a single block. While a token is drawn there are 9 float32 numbers for
+    each row and vocabulary entry: logits, probabilities, log p, and their sums in float64.
     """
     number, shape = parameters_and_shape(config.model)
-    half = 2 if config.bf16 else 4  # bytes of a value in the body
-    layers, width, vocabulary = shape.num_hidden_layers, shape.hidden_size, shape.vocab_size
+    layers, width, V = shape.num_hidden_layers, shape.hidden_size, shape.vocab_size
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_dim = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
+    rows = config.generation_batch_size + config.num_auxiliary
     tokens = prompt_length + config.max_completion_length
-    rows = config.generation_batch_size * (1 + config.scope_alpha * (config.algorithm == "scope"))
-    evaluated = min(config.per_device_eval_batch_size, config.num_eval_problems * config.num_eval_generations)
-    in_micro_batch = config.per_device_train_batch_size * tokens
-    blocks = layers + 34 if config.gradient_checkpointing else 34 * layers
-    chunk = min(train.rollout.LOGITS_BUDGET, in_micro_batch * vocabulary)
-    return {
-        "weights": 4 * number / 1e9,
-        "optimizer": 8 * number / 1e9,
-        "gradients": 4 * number / 1e9,
-        "half-precision copies": (2 * number if config.bf16 else 0) / 1e9,
-        "cache": max(rows, evaluated) * tokens * 2 * layers * heads * head_dim * half / 1e9,
-        "activations": in_micro_batch * blocks * width * half / 1e9,
-        "logits": (4 * 4 * chunk + 4 * vocabulary * width) / 1e9,
+    in_micro_batch = min(config.per_device_train_batch_size, rows) * tokens
+    chunk = min(rollout.LOGITS_BUDGET, in_micro_batch * V)
+
+    # What bf16 changes: the size of the body's values, a copy of its weights, and checkpointing.
+    size, copies, values = 4, 0, 34 * layers
+    if config.bf16:
+        size, copies, values = 2, 2 * number, layers + 34
+    parts = {
+        "weights": 4 * number,
+        "optimizer": 8 * number,
+        "half-precision copies": copies,
+        "cache": rows * tokens * 2 * layers * heads * head_dim * size,
+        "drawing a token": 9 * 4 * rows * V,
+        "gradients": 4 * number,
+        "activations": in_micro_batch * values * width * size,
+        "logits": 4 * 4 * chunk + 4 * V * width,
     }
+    gigabytes = [size / 1e9 for size in parts.values()]
+    always, sampling, updating = sum(gigabytes[:3]), sum(gigabytes[3:5]), sum(gigabytes[5:])
+    peaks = {"peak while sampling": always + sampling, "peak while updating": always + updating}
+    return dict(zip(parts, gigabytes, strict=True)) | peaks
 
 
-def coin_toss(problem, completion: str) -> float:
-    """A reward that half of all texts earn, whatever the task: nearly every group has something to learn."""
-    return float(zlib.crc32(completion.encode()) % 2)
-
-
-def as_if_ended(*given) -> train.rollout.Rollout:
-    """`rollout.generate`, whose truncated completions may earn their reward too, as TRL's do."""
-    samples = GENERATE(*given)
-    samples.truncated[:] = False
-    LAST["samples"] = samples
-    return samples
-
-
-GENERATE, LAST = train.rollout.generate, {}
-
-
+# --- Speed, measured
 class Ours:
-    """Our training step, timed, with something to learn from every group."""
+    """Our training step, timed. Every completion teaches."""
 
     def __init__(self, config: train.Config) -> None:
-        self.run, self.steps = train.set_up(config), []
-        self.run.task = self.run.task._replace(reward=coin_toss)
-        train.rollout.generate = as_if_ended
+        self.run = train.set_up(config)
+        count = config.generation_batch_size // config.num_generations
+        self.run.task = self.run.task._replace(train=self.run.task.train[:count])
+        self.run.objective_table = self.half_are_right
+        self.steps: list[dict[str, float]] = []  # metrics of each step
+
+    def half_are_right(self, rewards, auxiliary_rewards, *constants) -> scope_rl.Objective:
+        """The table of a step in which every other completion of a group is right."""
+        right = (torch.arange(rewards.shape[1]) % 2).to(rewards).expand_as(rewards)
+        auxiliary = torch.ones_like(auxiliary_rewards)
+        table = scope_rl.objective_table(right, auxiliary, *constants)
+        self.taught = int(table.has_gradient().sum())
+        return table
 
     def step(self) -> None:
+        started = time.perf_counter()
         metrics, _ = train.train_step(self.run)
-        self.steps.append([metrics["rollout_seconds"], metrics["update_seconds"]])
+        metrics |= {"step_seconds": time.perf_counter() - started, "taught": self.taught}
+        self.steps.append(metrics)
 
 
-def with_peer(ours: Ours, config: train.Config, repeats: int) -> list[float]:
-    """Seconds of TRL's steps, each followed by one of ours."""
+def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
+    """Metrics of TRL's steps, each of which is followed by one of ours."""
     import datasets
     import trl
 
-    rows = [{"prompt": ours.run.prompts[p.question], "problem": i} for i, p in enumerate(ours.run.task.train)]
+    config, seconds = ours.run.config, []
+    rows = config.generation_batch_size
+    micro_batch = min(rows, config.per_device_train_batch_size)
+    if config.num_auxiliary > 0 or config.num_mini_batches > 1 or rows % micro_batch > 0:
+        raise ValueError("--peer needs --algorithm grpo, one mini-batch, and equal micro-batches")
 
-    def rewarded(completions, problem, **kwargs):
-        pairs = zip(problem, completions, strict=True)
-        return [ours.run.task.reward(ours.run.task.train[i], text) for i, text in pairs]
+    def every_other(completions, **_) -> list[float]:
+        return [float(i % config.num_generations % 2) for i in range(len(completions))]
 
     class Turns(transformers.TrainerCallback):
-        """Seconds of each of TRL's steps."""
+        def on_step_begin(self, *_, **__) -> None:
+            self.started = time.perf_counter()
 
-        def __init__(self):
-            self.seconds = []
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.seconds.append(time.perf_counter() - self.start)
+        def on_step_end(self, *_, **__) -> None:
+            seconds.append(time.perf_counter() - self.started)
             ours.step()
 
-    turns = Turns()
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.GRPOConfig(
-            folder, max_steps=repeats, per_device_train_batch_size=config.generation_batch_size,
+            folder, max_steps=repeats, generation_batch_size=rows,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
             num_generations=config.num_generations, max_completion_length=config.max_completion_length,
-            learning_rate=config.learning_rate, beta=0.0, loss_type="grpo", temperature=1.0, top_k=0, top_p=1.0,
-            bf16=config.bf16, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True, logging_strategy="no",
+            learning_rate=config.learning_rate, beta=0.0, loss_type="grpo", temperature=1.0, top_k=0,
+            top_p=1.0, bf16=config.bf16, gradient_checkpointing=config.bf16, report_to="none",
+            use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True, logging_steps=1,
+            save_strategy="no",
         )  # fmt: skip
-        trainer = trl.GRPOTrainer(
-            config.model, rewarded, arguments, datasets.Dataset.from_list(rows), callbacks=[turns]
-        )
+        data = datasets.Dataset.from_list([{"prompt": problem.prompt} for problem in ours.run.task.train])
+        trainer = trl.GRPOTrainer(config.model, every_other, arguments, data, callbacks=[Turns()])
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return turns.seconds
-
-
-def seconds_of(work, repeats: int = 10) -> float:
-    """Mean time of a call, after one that is not counted."""
-    work()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def floor(run: train.Run) -> tuple[float, float]:
-    """Seconds that sampling and updating on the last step's samples would take at the least.
-
-    Floating-point operations at the speed of a matrix product, and for sampling, if that is more, one
-    reading of the weights for each token at the speed of a copy.
-    """
-    a, block = (torch.randn(1024, 1024, device=run.model.device) for _ in range(2))
-    speed = 2 * 1024**3 / seconds_of(lambda: a @ block)
-    copy = torch.randn(2**25, device=run.model.device)
-    bandwidth = 2 * 4 * copy.numel() / seconds_of(copy.clone)
-
-    samples, V = LAST["samples"], run.model.get_input_embeddings().num_embeddings
-    head = V * run.model.get_output_embeddings().in_features
-    body = run.model.num_parameters() - head
-    sampled, all_tokens = samples.completion_mask.sum().item(), samples.lengths.sum().item()
-    prompts = (all_tokens - sampled) / run.config.num_generations
-    steps = samples.completion_mask.sum(1).max().item()
-    operations = 2 * body * (prompts + sampled) + 2 * head * sampled
-    sampling = max(operations / speed, 4 * (body + head) * steps / bandwidth)
-    return sampling, (6 * body * all_tokens + 8 * head * sampled) / speed
+    steps = []
+    for row, step_seconds in zip(
+        trainer.state.log_history, seconds, strict=False
+    ):  # the last row is a summary
+        taught = round(rows * (1 - row["frac_reward_zero_std"]))
+        length = row["completions/mean_length"]
+        steps.append({"step_seconds": step_seconds, "completion_length": length, "taught": taught})
+    return steps
 
 
 def speed(config: train.Config, repeats: int, peer: bool) -> None:
-    """Take the steps and print medians over all but the first, with the range; then peak memory and floor."""
+    """Take the steps. Print medians over all but the first, with their range, and the peak memory."""
     ours = Ours(config)
-    theirs = with_peer(ours, config, repeats + 1) if peer else []
-    for _ in range(0 if peer else repeats + 1):
+    theirs = with_peer(ours, repeats + 1) if peer else []
+    while len(ours.steps) < repeats + 1:
         ours.step()
-    steps = np.array(ours.steps)[1:]
-    columns = {"sampling": steps[:, 0], "update": steps[:, 1], "step": steps.sum(1)}
+
+    def column(steps: list[dict], name: str) -> np.ndarray:
+        return np.array([step[name] for step in steps[1:]])
+
+    sampling, step = column(ours.steps, "rollout_seconds"), column(ours.steps, "step_seconds")
+    table = {"sampling": (sampling, "s"), "update": (step - sampling, "s"), "step": (step, "s")}
     if peer:
-        columns |= {"TRL's step": np.array(theirs)[1:], "TRL / ours": np.array(theirs)[1:] / steps.sum(1)}
-    for name, values in columns.items():
-        print(f"{name:<20} {np.median(values):8.2f}   {values.min():.2f} to {values.max():.2f}")
-    for name, seconds in zip(("floor of sampling", "floor of updating"), floor(ours.run), strict=True):
-        print(f"{name:<20} {seconds:8.2f}")
+        trl_step = column(theirs, "step_seconds")
+        table |= {"TRL's step": (trl_step, "s"), "TRL's step / ours": (trl_step / step, "times")}
+    for name, (values, unit) in table.items():
+        low, high = values.min(), values.max()
+        print(f"{name:<20} {np.median(values):8.2f} {unit:<6} ({low:.2f} to {high:.2f} {unit})")
+    for name, steps in {"ours": ours.steps, "TRL": theirs}.items():
+        if steps:
+            taught, length = column(steps, "taught"), column(steps, "completion_length").mean()
+            total = config.generation_batch_size + config.num_auxiliary
+            print(
+                f"{name}: {taught.min()} to {taught.max()} of {total} completions taught, of {length:.0f} tokens"
+            )
+    prompts = config.generation_batch_size // config.num_generations
+    print(f"{prompts} prompts a step, {config.num_mini_batches} gradient steps")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
-    print(f"{'peak memory, GB':<20} {memory / 1e9:8.2f}")
+    print(f"peak memory of the process {memory / 1e9:.2f} GB")
 
 
-def main() -> None:
-    """Read the command line; what is not an option here is train.py's."""
+def main(argv: list[str]) -> None:
+    """The command line. What is not an option here is train.py's. Bad input ends in one line."""
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=["speed", "memory"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are measured")
+    parser.add_argument("--peer", action="store_true", help="compare with TRL")
     parser.add_argument("--prompt_length", type=int, default=200, help="tokens of the longest prompt")
-    args, rest = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = train.parse_config([*rest, "--output_dir", str(Path(folder) / "run")])
-        if args.command == "speed":
-            speed(config, args.repeats, args.peer)
-            return
-    parts = memory(config, args.prompt_length)
-    for name, size in parts.items():
-        print(f"{name:<24} {size:6.1f} GB")
-    fixed = parts["weights"] + parts["optimizer"] + parts["half-precision copies"]
-    print(f"{'peak while sampling':<24} {fixed + parts['cache']:6.1f} GB")
-    updating = fixed + parts["gradients"] + parts["activations"] + parts["logits"]
-    print(f"{'peak while updating':<24} {updating:6.1f} GB")
+    args, options = parser.parse_known_args(argv)
+    if args.peer:
+        options = [*PEER.split(), *options]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = train.parse_config([*options, "--output_dir", str(Path(folder) / "run")])
+            if args.command == "speed":
+                speed(config, args.repeats, args.peer)
+                return
+        for name, gigabytes in memory(config, args.prompt_length).items():
+            print(f"{name:<22} {gigabytes:6.1f} GB")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

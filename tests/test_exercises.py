@@ -115,7 +115,7 @@ def test_the_rule_of_the_challenge_runs_and_is_measured(tmp_path):
     """The command of exercise 12, with the rule that it shows, on a run that is short."""
     (tmp_path / "my_rule.py").write_text(SNIPPETS[12][0])
     (command,) = re.findall(r"^python (theory/lab/beat.py my_rule.py)$", EXERCISES[12], re.M)
-    few = "--max_steps 35 --generation_batch_size 16".split()
+    few = ["--max_steps=35", "--generation_batch_size=16"]
     words = [sys.executable, str(ROOT / command.split()[0]), command.split()[1], *few]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
     lines = [line for line in done.stdout.splitlines() if "settled" in line]

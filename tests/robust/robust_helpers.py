@@ -1,10 +1,13 @@
 """What the tests of this folder share: a small run, edits of its files, and train.py in processes of their own."""
 
 import json
+import multiprocessing
 import os
+import re
+import resource
 import shlex
 import shutil
-import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,10 +17,8 @@ from safetensors.torch import load_file
 import train
 
 ROOT = Path(__file__).parents[2]
-SMALL = shlex.split(
-    "--preset tiny --generation_batch_size 32 --num_generations 4 --max_steps 4 --save_steps 2 "
-    "--num_eval_problems 3 --num_eval_generations 4 --learning_rate 1e-3"
-)
+SMALL = "--preset tiny --generation_batch_size 32 --num_generations 4 --max_steps 4 --save_steps 2 --learning_rate 1e-3"
+SMALL += " --num_eval_problems 3 --num_eval_generations 4"
 EASY = """
 import countdown
 
@@ -26,13 +27,21 @@ def task(config):
 """
 
 
-def go(arguments):
-    """train.py's command line in this process. Returns what it says when it ends early, else None."""
+def go(line):
+    """`python train.py LINE` in this process. Returns what it says when it ends early, else None."""
     try:
-        train.main([str(argument) for argument in arguments])
+        train.main(shlex.split(line))
     except SystemExit as stop:
         return stop.code
     return None
+
+
+def refused(line, pattern):
+    """It ends in one line that matches the pattern and is not cut off."""
+    said = str(go(line))
+    assert re.match("error: ", said)
+    assert re.search(pattern, said), said
+    assert not re.search(r"\n|:$", said)
 
 
 def files_in(folder):
@@ -82,74 +91,36 @@ def without(*names):
     return edit
 
 
-def folder_for(name):
-    """A folder of the user's where a file should be."""
-
-    def edit(folder):
-        if (folder / name).exists():
-            without(name)(folder)
-        (folder / name).mkdir()
-        (folder / name / "of mine").write_text("keep me")
-
-    return edit
-
-
 # --- Processes
 
-SERVER = """
-import contextlib, json, os, resource, sys
-import torch, transformers
-import countdown, train
-
-torch.set_num_threads(1)
-transformers.AutoTokenizer, transformers.Qwen3ForCausalLM
-for line in sys.stdin:  # what a process of train.py is to be, or whose end to wait for
-    job = json.loads(line)
-    if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        os.close(0)
-        os.setsid()
-        output = os.open(job["output"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1), os.dup2(output, 2)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
-        if job["limit"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-        code = 0
-        try:
-            train.main(job["arguments"])
-        except SystemExit as stop:
-            code = 1 if isinstance(stop.code, str) else stop.code or 0
-            with contextlib.suppress(OSError):
-                print(stop.code or "", file=sys.stderr)
-        os._exit(code)
-    print(pid, flush=True)
-"""
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported everything
+FORKS.set_forkserver_preload(["train", "countdown", "transformers.models.qwen3.modeling_qwen3"])
 
 
-class Process:
-    """train.py's main in a process of its own, forked from one that has imported everything."""
+def child(line, output, limit):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train.main(shlex.split(line))
 
-    def __init__(self, server, arguments, output, limit=0):
-        self.server, self.output = server, Path(output)
-        self.pid = self.ask({"arguments": list(map(str, arguments)), "output": str(output), "limit": limit})
 
-    def ask(self, job):
-        self.server.stdin.write(json.dumps(job) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+def start(line, output, limit=0):
+    """A process of `python train.py LINE`, whose screen is a file and which can write files up to a limit only."""
+    process = FORKS.Process(target=child, args=(line, output, limit))
+    process.start()
+    return process
 
-    def send(self, name):
-        os.kill(self.pid, getattr(signal, name))
 
-    def end(self):
-        """The exit status, and the lines said; bars redraw theirs after a carriage return."""
-        code, said = self.ask({"wait": self.pid}), self.output.read_text()
-        assert "Traceback" not in said
-        assert "Exception ignored" not in said
-        return code, [line.rpartition("\r")[2].strip() for line in said.split("\n")]
+def end(process, output):
+    """The exit status, and the lines said; bars redraw theirs after a carriage return."""
+    process.join()
+    said = output.read_text()
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    return process.exitcode, [line.rpartition("\r")[2].strip() for line in said.split("\n")]
 
 
 def wait_for(condition, seconds=60):

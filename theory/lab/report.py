@@ -403,7 +403,7 @@ def draw_entropies(path: Path) -> None:
             axis.legend(loc="upper right", ncols=2)
         if label != "GRPO":
             axis.axhline(float(label.split()[-1]), color=color, lw=0.8, ls=":")
-    rule = experiments.SCOPE.replace("--scope_", "").replace("_", " ")
+    rule = experiments.SCOPE.removeprefix("--scope_").replace(" --scope_", ", ").replace("_", " ")
     axis.set(title=f"preset tiny; SCOPE with {rule}, T in [0.5, 1.5]", xlabel="step")
     axis.set(ylabel="entropy, nats a token", xlim=(0, 350), ylim=(0, 0.9))
     figure.savefig(path, dpi=110)

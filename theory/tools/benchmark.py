@@ -31,10 +31,9 @@ import rollout
 import scope_rl
 import train
 
-PEER = (  # options of a comparison with TRL; those that are given come after them
-    "--algorithm grpo --num_mini_batches 1 --generation_batch_size 16 --num_generations 4 "
-    "--max_completion_length 48 --per_device_train_batch_size 16"
-)
+# Options of a comparison with TRL. Those that are given come after them.
+PEER = "--algorithm grpo --num_mini_batches 1 --generation_batch_size 16 --num_generations 4 "
+PEER += "--max_completion_length 48 --per_device_train_batch_size 16"
 
 
 # --- Memory, calculated
@@ -52,8 +51,8 @@ def memory(config: train.Config, prompt_length: int) -> dict[str, float]:
 
     Activations count what a transformer block of the Llama and Qwen family keeps for its backward
     pass, a token: 34 hidden-sized values. With gradient checkpointing (which comes with bf16) it is
-    one a block, and those of a single block. While a token is drawn there are 9 float32 numbers for
-    each row and vocabulary entry: logits, probabilities, log p, and their sums in float64.
+    one a block, and those of a single block. While a token is drawn there are 10 float32 numbers for
+    each row and vocabulary entry: logits, probabilities, their sums in float64, log p, and so on.
     """
     number, shape = parameters_and_shape(config.model)
     layers, width, V = shape.num_hidden_layers, shape.hidden_size, shape.vocab_size
@@ -73,7 +72,7 @@ def memory(config: train.Config, prompt_length: int) -> dict[str, float]:
         "optimizer": 8 * number,
         "half-precision copies": copies,
         "cache": rows * tokens * 2 * layers * heads * head_dim * size,
-        "drawing a token": 9 * 4 * rows * V,
+        "drawing a token": 10 * 4 * rows * V,
         "gradients": 4 * number,
         "activations": in_micro_batch * values * width * size,
         "logits": 4 * 4 * chunk + 4 * V * width,
@@ -90,16 +89,15 @@ class Ours:
 
     def __init__(self, config: train.Config) -> None:
         self.run = train.set_up(config)
-        count = config.generation_batch_size // config.num_generations
-        self.run.task = self.run.task._replace(train=self.run.task.train[:count])
+        problems = self.run.task.train[: config.generation_batch_size // config.num_generations]
+        self.run.task = self.run.task._replace(train=problems)
         self.run.objective_table = self.half_are_right
         self.steps: list[dict[str, float]] = []  # metrics of each step
 
     def half_are_right(self, rewards, auxiliary_rewards, *constants) -> scope_rl.Objective:
         """The table of a step in which every other completion of a group is right."""
         right = (torch.arange(rewards.shape[1]) % 2).to(rewards).expand_as(rewards)
-        auxiliary = torch.ones_like(auxiliary_rewards)
-        table = scope_rl.objective_table(right, auxiliary, *constants)
+        table = scope_rl.objective_table(right, torch.ones_like(auxiliary_rewards), *constants)
         self.taught = int(table.has_gradient().sum())
         return table
 
@@ -138,21 +136,18 @@ def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
             num_generations=config.num_generations, max_completion_length=config.max_completion_length,
             learning_rate=config.learning_rate, beta=0.0, loss_type="grpo", temperature=1.0, top_k=0,
-            top_p=1.0, bf16=config.bf16, gradient_checkpointing=config.bf16, report_to="none",
+            top_p=1.0, bf16=config.bf16, gradient_checkpointing=config.bf16, save_strategy="no",
             use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True, logging_steps=1,
-            save_strategy="no",
+            report_to="none",
         )  # fmt: skip
         data = datasets.Dataset.from_list([{"prompt": problem.prompt} for problem in ours.run.task.train])
         trainer = trl.GRPOTrainer(config.model, every_other, arguments, data, callbacks=[Turns()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    steps = []
-    for row, step_seconds in zip(
-        trainer.state.log_history, seconds, strict=False
-    ):  # the last row is a summary
-        taught = round(rows * (1 - row["frac_reward_zero_std"]))
-        length = row["completions/mean_length"]
-        steps.append({"step_seconds": step_seconds, "completion_length": length, "taught": taught})
+    steps = trainer.state.log_history[:repeats]  # the row after them is a summary
+    for step, step_seconds in zip(steps, seconds, strict=True):
+        step["taught"] = round(rows * (1 - step["frac_reward_zero_std"]))
+        step |= {"step_seconds": step_seconds, "completion_length": step["completions/mean_length"]}
     return steps
 
 
@@ -163,7 +158,7 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
     while len(ours.steps) < repeats + 1:
         ours.step()
 
-    def column(steps: list[dict], name: str) -> np.ndarray:
+    def column(steps: list[dict[str, float]], name: str) -> np.ndarray:
         return np.array([step[name] for step in steps[1:]])
 
     sampling, step = column(ours.steps, "rollout_seconds"), column(ours.steps, "step_seconds")
@@ -172,21 +167,19 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
         trl_step = column(theirs, "step_seconds")
         table |= {"TRL's step": (trl_step, "s"), "TRL's step / ours": (trl_step / step, "times")}
     for name, (values, unit) in table.items():
-        low, high = values.min(), values.max()
-        print(f"{name:<20} {np.median(values):8.2f} {unit:<6} ({low:.2f} to {high:.2f} {unit})")
+        shown = f"{np.median(values):8.2f} {unit:<6} ({values.min():.2f} to {values.max():.2f} {unit})"
+        print(f"{name:<20} {shown}")
+    rows, G = config.generation_batch_size, config.num_generations
+    print(f"a step: {rows // G} prompts x {G} completions, {config.num_mini_batches} gradient steps")
     for name, steps in {"ours": ours.steps, "TRL": theirs}.items():
         if steps:
-            taught, length = column(steps, "taught"), column(steps, "completion_length").mean()
-            total = config.generation_batch_size + config.num_auxiliary
-            print(
-                f"{name}: {taught.min()} to {taught.max()} of {total} completions taught, of {length:.0f} tokens"
-            )
-    prompts = config.generation_batch_size // config.num_generations
-    print(f"{prompts} prompts a step, {config.num_mini_batches} gradient steps")
+            taught, length = column(steps, "taught"), column(steps, "completion_length")
+            print(f"{name}: {taught.min()} of {rows + config.num_auxiliary} completions taught", end="")
+            print(f" in each step, their mean length is {length.mean():.1f} tokens")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
-    print(f"peak memory of the process {memory / 1e9:.2f} GB")
+    print(f"peak memory of the process: {memory / 1e9:.2f} GB")
 
 
 def main(argv: list[str]) -> None:
@@ -206,10 +199,12 @@ def main(argv: list[str]) -> None:
             config = train.parse_config([*options, "--output_dir", str(Path(folder) / "run")])
             if args.command == "speed":
                 speed(config, args.repeats, args.peer)
-                return
-        for name, gigabytes in memory(config, args.prompt_length).items():
-            print(f"{name:<22} {gigabytes:6.1f} GB")
-    except (ValueError, OSError, ImportError) as error:
+            else:
+                for name, gigabytes in memory(config, args.prompt_length).items():
+                    print(f"{name:<22} {gigabytes:6.1f} GB")
+    except ImportError as error:
+        sys.exit(f"error: {error}: pip install -e '.[trl]'")
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

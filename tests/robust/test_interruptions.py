@@ -1,0 +1,181 @@
+"""Kills, signals, a second run and a full disk: no step that is saved is lost, and resumed it ends as if left alone."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from robust_helpers import (
+    ROOT,
+    end,
+    files_in,
+    go,
+    metrics_of,
+    refused,
+    same_model,
+    start,
+    step_of,
+    wait_for,
+)  # fmt: skip
+
+ASLEEP = """
+import os, pathlib, time
+import countdown
+
+def task(config):
+    calls = 0
+    def reward(problem, completion):
+        nonlocal calls
+        calls += 1
+        if calls == 90 and not os.path.exists("{folder}/asleep"):  # in the third step, of 40 completions each
+            pathlib.Path("{folder}/asleep").touch()
+            time.sleep({seconds})
+        return float(len(completion) % 2)
+    return countdown.task(config)._replace(reward=reward)
+"""
+
+
+@pytest.fixture
+def asleep(run_line, tmp_path):
+    """A function that gives a command line of eight steps, whose third step sleeps so many seconds."""
+
+    def prepare(seconds):
+        (tmp_path / "asleep.py").write_text(ASLEEP.format(folder=tmp_path, seconds=seconds))
+        return f"{run_line} --task {tmp_path}/asleep.py --max_steps 8 --save_steps 100 --num_eval_problems 0"
+
+    return prepare
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_after_a_signal_the_step_is_saved_and_how_to_go_on_is_said(number, asleep, finished, tmp_path):
+    process = start(asleep(0.5), tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    os.kill(process.pid, number)
+    code, lines = end(process, tmp_path / "said")
+    assert code == 1
+    assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 3
+    assert any(line.startswith(f"stopped: by {number.name}") for line in lines)
+    (how,) = [line for line in lines if line.startswith("to go on: python train.py ")]
+    assert go(how.partition("train.py")[2]) is None
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
+
+
+def test_a_second_ctrl_c_stops_at_once(asleep, tmp_path):
+    process = start(asleep(600), tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "SIGINT" in (tmp_path / "said").read_text())
+    begin = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert end(process, tmp_path / "said")[0] == 1
+    assert time.monotonic() - begin < 30  # not ten minutes
+    assert len(metrics_of(tmp_path / "run")) == 2
+
+
+def test_two_runs_on_one_folder(asleep, finished, tmp_path):
+    """The second is refused in a line, and the first does not notice; once it is killed the folder is free."""
+    line = asleep(600)
+    process = start(line, tmp_path / "said")
+    wait_for((tmp_path / "asleep").exists)
+    before = files_in(tmp_path / "run")
+    refused(f"{line} --resume", "cannot lock .*run")
+    assert files_in(tmp_path / "run") == before
+    process.kill()
+    process.join()
+    assert go(f"{line} --resume") is None
+    assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
+
+
+def test_two_runs_that_begin_at_once_on_one_folder(run_line, tmp_path):
+    """The other has the lock, but has not written its config yet; the lock is the system's, whoever takes it."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(run_line, "cannot lock .*run")
+        assert files_in(tmp_path / "run") == {}
+    assert go(f"{run_line} --max_steps 1") is None
+
+
+DISKS = {  # when it is full: at a share of the size of a file that a run writes, of a run with a checkpoint of 4 steps
+    "config.json": 0.5, "metrics.jsonl": 1.125, "checkpoint.pt": 0.05, "checkpoint.pt, its end": 0.99, "model.safetensors": 0.99,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_a_full_disk_ends_in_a_line_and_the_last_checkpoint_stays(name, finished, tmp_path):
+    """A limit on the size of files stands in for it: writing fails in the same calls."""
+    folder, file = tmp_path / "run", name.partition(",")[0]
+    shutil.copytree(finished / "4", folder)
+    (size,) = [path.stat().st_size for path in folder.rglob("*") if path.name == file]
+    shutil.rmtree(folder / "model")
+    before = files_in(folder)
+    steps = 4 if file == "model.safetensors" else 100
+    resume = f"--resume --output_dir {folder}"
+    line = f"{resume} --max_steps {steps} --save_steps {1000 if file == 'metrics.jsonl' else 2}"
+    process = start(line, tmp_path / "said", limit=int(size * DISKS[name]))
+    code, lines = end(process, tmp_path / "said")
+    assert code == 1
+    (said,) = [line for line in lines if re.match("(stopped|error): ", line)]
+    assert re.search(f"{folder}/(model|{file})|File too large", said)
+    assert file == "config.json" or f"to go on: python train.py --resume --output_dir {folder}" in lines
+    after = files_in(folder)
+    assert after["checkpoint.pt"] == before["checkpoint.pt"]
+    assert not [path for path in after if path.endswith(".tmp")]  # it would take up the room that is missing
+    assert go(f"{resume} --max_steps 8") is None
+    assert metrics_of(folder) == metrics_of(finished / "8")
+
+
+# --- Long ones
+
+
+@pytest.mark.slow
+def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_alone(run_line, tmp_path):
+    """`python train.py` itself; after SIGTERM and Ctrl-C not a step is lost, a kill costs those since the last checkpoint."""
+    more = "--max_steps 700 --save_steps 7 --learning_rate 1e-4"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "theory" / "tiny")}
+
+    def begin(name, resume=""):
+        command = [
+            sys.executable,
+            "train.py",
+            *f"{run_line} {more} --output_dir {tmp_path}/{name} {resume}".split(),
+        ]
+        with open(tmp_path / "said", "wb") as said:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said)
+
+    def rows():
+        metrics = tmp_path / "stopped" / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def saved():
+        return step_of(tmp_path / "stopped") if (tmp_path / "stopped" / "checkpoint.pt").exists() else 0
+
+    assert begin("whole").wait() == 0
+    signals = [signal.SIGKILL] * 14 + [signal.SIGTERM] * 8 + [signal.SIGINT] * 8
+    rng = random.Random()  # really random: any moment must do
+    rng.shuffle(signals)
+    for number, name in enumerate(signals):
+        process = begin("stopped", "--resume" if number else "")
+        wait_for(lambda: b" parameters on " in (tmp_path / "said").read_bytes(), 120)
+        goal = saved() + rng.randrange(1, 9)
+        wait_for(lambda goal=goal: rows() >= goal)
+        time.sleep(rng.random() * 0.1)
+        before = rows()
+        process.send_signal(name)
+        code, said = process.wait(), (tmp_path / "said").read_text()
+        if name != signal.SIGKILL:
+            assert code == 1
+            assert f"stopped: by {name.name}" in said
+            assert "Traceback" not in said
+            assert saved() == rows() >= before
+    assert saved() < 700
+    assert begin("stopped", "--resume").wait() == 0
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert (tmp_path / "stopped" / "eval.json").read_text() == (tmp_path / "whole" / "eval.json").read_text()
+    assert same_model(tmp_path / "stopped", tmp_path / "whole")

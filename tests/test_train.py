@@ -219,11 +219,11 @@ def test_an_update_equals_plain_gradient_steps(arguments, monkeypatch):
     for m in range(3):
         J = 0.0
         for i in range(96 + 48):
-            A, w, problem = table.advantages[i].item(), table.weights[i].item(), samples.owner[i].item()
+            A, w, problem = table.advantages[i].item(), table.weights[i].item(), i // 4 if i < 96 else (i - 96) % 24
             if problem % 3 != m or A == 0:
                 continue
-            mask = samples.completion_mask[i]
-            prompt = samples.prompts[problem][samples.prompt_mask[problem].bool()]
+            mask, owner = samples.completion_mask[i], samples.owner[i]
+            prompt = samples.prompts[owner][samples.prompt_mask[owner].bool()]
             completion = samples.completions[i][mask]
             logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
             log_p = torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]
@@ -306,7 +306,7 @@ def test_an_entropy_bonus_raises_the_entropy(arguments, monkeypatch):
     """One step on the bonus alone."""
     plain_gradient_descent(monkeypatch)
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
-    more = "--algorithm grpo --learning_rate 50 --num_mini_batches 1 --entropy_coef 1"
+    more = "--algorithm grpo --learning_rate 5 --num_mini_batches 1 --entropy_coef 1"
     one, first = after_one_step(arguments, more, reward=0.0)
     one.step = one.problems_seen = 0  # the same prompts and random numbers
     assert train.train_step(one)[0]["entropy"] > first["entropy"] + 0.01

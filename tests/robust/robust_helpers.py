@@ -7,7 +7,6 @@ import re
 import resource
 import shlex
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -100,7 +99,6 @@ FORKS.set_forkserver_preload(["train", "countdown", "transformers.models.qwen3.m
 def child(line, output, limit):
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
     torch.set_num_threads(1)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

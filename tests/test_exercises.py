@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pytest import approx
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "theory" / "EXERCISES.md").read_text()
@@ -105,7 +106,7 @@ def test_what_is_printed_is_what_the_answer_says(number, changed):
         for text, value in zip(pair, values, strict=True):
             digits = len(text.rstrip("%").partition(".")[2])
             scale = 100 if text.endswith("%") else 1
-            assert value * scale == pytest.approx(float(text.rstrip("%")), abs=3 * 10**-digits), (
+            assert value * scale == approx(float(text.rstrip("%")), abs=3 * 10**-digits), (
                 number,
                 pair,
             )
@@ -126,11 +127,10 @@ def test_the_rule_of_the_challenge_runs_and_is_measured(tmp_path):
 
 
 # --- The curves that move
-def trained(folder: Path, command: str, name: str) -> dict[str, float]:
+def trained(folder: Path, command: str) -> dict[str, float]:
     """Means over the last 20 of the steps that a command of the page takes, and the lowest ten-step entropy."""
-    output = folder / "outputs" / name
     words = shlex.split(command)
-    words[words.index("--output_dir") + 1] = str(output)
+    output = folder / words[words.index("--output_dir") + 1]
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *words], cwd=folder, env=environment, check=True, capture_output=True)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -144,4 +144,31 @@ def unchanged(tmp_path_factory):
     """The two runs at the head of the page, to compare with: SCOPE and GRPO."""
     folder = copy_of_the_project(tmp_path_factory.mktemp("unchanged") / "copy", [])
     commands = re.findall(r"^python (train.py .*)$", PAGE.split("\n## ")[0], re.M)
-    return [trained(folder, command, str(i)) for i, command in enumerate(commands)]
+    return [trained(folder, command) for command in commands]
+
+
+MOVES = {  # what each run of an exercise must show, with room for another machine's rounding
+    2: [lambda own, scope, grpo: own["grad_norm"] < 0.8 * grpo["grad_norm"]],
+    5: [lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.08],
+    6: [
+        lambda own, scope, grpo: own["lowest"] < scope["lowest"] - 0.06,
+        lambda own, scope, grpo: own["entropy"] == approx(0.4 - (own["scope_temperature"] - 1) / 2, abs=0.01),
+    ],
+    7: [lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.03],
+    8: [lambda own, scope, grpo: own["entropy"] == approx(scope["entropy"], abs=0.03)],
+    9: [lambda own, scope, grpo: own["entropy"] < scope["entropy"] - 0.03],
+    10: [lambda own, scope, grpo: own["entropy"] == approx(0.4, abs=0.03)],
+    11: [
+        lambda own, scope, grpo: own["entropy"] > grpo["entropy"] + 0.08,
+        lambda own, scope, grpo: own["entropy"] > grpo["entropy"] + 0.15,
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "i"), [(n, i) for n, runs in COMMANDS.items() for i in range(len(runs))])
+def test_the_curve_moves_as_the_answer_says(number, i, unchanged, tmp_path):
+    """The runs of an exercise against SCOPE's and GRPO's. The second diff, if there is one, is for the second run."""
+    folder = copy_of_the_project(tmp_path / "copy", DIFFS[number][: i + 1])
+    own = trained(folder, COMMANDS[number][i])
+    assert MOVES[number][i](own, *unchanged), own

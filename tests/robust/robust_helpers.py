@@ -66,7 +66,7 @@ def same_model(one, other):
     )
 
 
-# --- Edits of a file in a folder
+# --- Edits of a folder, which are functions of it
 
 
 def setting(name, **changes):
@@ -74,10 +74,12 @@ def setting(name, **changes):
     return rewritten(name, lambda content: json.dumps(json.loads(content) | changes).encode())
 
 
-def rewritten(name, change):
+def rewritten(name, new):
+    """Change the bytes of a file by a function, or to others."""
+
     def edit(folder):
         path = folder / name
-        path.write_bytes(change(path.read_bytes()))
+        path.write_bytes(new(path.read_bytes()) if callable(new) else new)
 
     return edit
 

@@ -18,16 +18,13 @@ import rollout
 
 
 def template(text):
-    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+    return rewritten("chat_template.jinja", text.encode())
 
 
-def weights_with(value):
-    def edit(folder):
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = value
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-    return edit
+def with_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def more_tokens(folder):
@@ -37,7 +34,7 @@ def more_tokens(folder):
 
 
 def only(name, content=b""):
-    """Nothing of the model, but another file in its place."""
+    """Another file in the place of the whole model."""
 
     def edit(folder):
         shutil.rmtree(folder)
@@ -55,7 +52,6 @@ LONG = {
     "original_max_position_embeddings": 32,
 }
 SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
-LFS = b"version https://git-lfs.github.com/spec/v1\n"
 MODELS = {  # what was done to the folder of a model, and what the error says
     "a file of llama.cpp": (only("model-Q4_K_M.gguf", b"GGUF"), "no config.json"),
     "nothing": (only("README.md"), "no config.json"),
@@ -70,9 +66,9 @@ MODELS = {  # what was done to the folder of a model, and what the error says
     "more layers": (setting("config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3), r"lacks weights: \['model.layers.2"),
     "no model.safetensors": (without("model.safetensors"), "cannot use the model"),
     "model.safetensors cut off": (rewritten("model.safetensors", lambda c: c[:-8]), "cannot use the model"),
-    "model.safetensors a page of HTML": (rewritten("model.safetensors", lambda c: b"<html>" * 1000), "cannot use the model"),
-    "a pointer instead of weights": (rewritten("model.safetensors", lambda c: LFS), "cannot use the model"),
-    "NaN weights": (weights_with(math.nan), "cannot use the model"),
+    "model.safetensors a page of HTML": (rewritten("model.safetensors", b"<html>" * 1000), "cannot use the model"),
+    "a pointer instead of weights": (rewritten("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "cannot use the model"),
+    "NaN weights": (with_nan, "cannot use the model"),
     "other frequencies beyond 32 tokens": (setting("config.json", rope_parameters=LONG), "exceed 32"),
     "a template that raises": (template("{{ raise_exception('not with me') }}"), "chat template.*not with me"),
     "a template in two lines that raises": (template("{{ raise_exception('not\nwith me') }}"), "chat template.*not"),

@@ -136,6 +136,8 @@ def test_group_advantages():
     assert not advantages[1:3].any()  # all equal
     torch.testing.assert_close(advantages.sum(1), torch.zeros(4), atol=1e-6, rtol=0)
     assert not group_advantages(torch.ones(3, 1)).any()  # groups of one
+    grades = torch.arange(100)[:, None] / 100
+    assert not group_advantages(grades.expand(-1, 10)).any()  # equal grades, which rounding must not part
 
 
 def test_the_published_temperature_rule():

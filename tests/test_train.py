@@ -1,14 +1,12 @@
 """train.py: the step against the formulas, evaluation, a run and its files, and what ends a run."""
 
 import copy
-import io
 import json
 import math
 import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -125,9 +123,8 @@ def test_every_problem_comes_once_a_pass_in_a_new_order(arguments, monkeypatch):
 
 def test_a_step_samples_and_counts_as_the_method_says(arguments):
     """Whose completion each row is, its advantage within its prompt's group, and the metrics, one sample at a time."""
-    one = set_up(
-        arguments, "--scope_share 0.5 --scope_alpha 0.3 --entropy_coef 0.2 --max_completion_length 5 --seed 2"
-    )
+    options = "--scope_share 0.5 --scope_alpha 0.3 --entropy_coef 0.2 --max_completion_length 5 --seed 2"
+    one = set_up(arguments, options)
     calls, tables = spy(one, "generate"), spy(one, "objective_table")
     before = one.rule.temperature = 1.3
     metrics, shown = train.train_step(one)
@@ -162,9 +159,8 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
     assert metrics["scope_positive_frac"] == pytest.approx(np.mean(rewards[N:]))
     groups = np.reshape(rewards[:N], (-1, G))
     assert metrics["frac_reward_zero_std"] == np.mean(groups.min(1) == groups.max(1))
-    assert (
-        len({metrics["reward"], metrics["scope_positive_frac"], np.mean(rewards)}) == 3
-    )  # the case tells them apart
+    # The case tells them apart.
+    assert len({metrics["reward"], metrics["scope_positive_frac"], np.mean(rewards)}) == 3
     assert np.mean(lengths[:N]) != np.mean(lengths)
     for i, line in zip((0, -1), shown, strict=True):  # one sample of each temperature
         assert line.startswith(f"T {temperatures[i]:.2f}, reward {rewards[i]:g}: ")
@@ -173,10 +169,9 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
 
 def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(arguments):
     """And its boost the weight of the term; the rule has the run's own constants."""
-    limits = (
-        "--scope_temperature_min 0.9 --scope_temperature_max 1.1 --scope_gain 0.5 --scope_integral_gain 0.2"
-    )
-    one = set_up(arguments, f"{limits} --scope_target_entropy 2.8 --scope_alpha 0.3 --scope_max_boost 2")
+    gains = "--scope_gain 0.5 --scope_integral_gain 0.2 --scope_max_boost 2 --scope_target_entropy 2.8"
+    limits = "--scope_temperature_min 0.9 --scope_temperature_max 1.1 --scope_alpha 0.3"
+    one = set_up(arguments, f"{gains} {limits}")
     rule = one.rule
     assert [rule.target, rule.minimum, rule.maximum] == [2.8, 0.9, 1.1]
     assert [rule.gain, rule.integral_gain, rule.max_boost] == [0.5, 0.2, 2]
@@ -192,9 +187,10 @@ def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(arguments):
         twin(metrics["entropy"])  # only now, when the step is done
 
 
-@pytest.mark.parametrize(
-    ("more", "M"), [("", 8), ("--scope_share 0.001", 1), ("--scope_share 0", 0), ("--algorithm grpo", 0)]
-)
+SHARES = {"": 8, "--scope_share 0.001": 1, "--scope_share 0": 0, "--algorithm grpo": 0}
+
+
+@pytest.mark.parametrize(("more", "M"), SHARES.items())
 def test_auxiliary_samples_of_each_algorithm(arguments, more, M):
     """A quarter of 32, never fewer than one, and none in GRPO, whose temperature never moves."""
     one = set_up(arguments, more)
@@ -208,20 +204,18 @@ def test_auxiliary_samples_of_each_algorithm(arguments, more, M):
 
 def plain_gradient_descent(monkeypatch):
     """AdamW's first step keeps only the sign of a gradient, and so magnifies rounding where it is near 0."""
-    monkeypatch.setattr(
-        torch.optim, "AdamW", lambda parameters, **options: torch.optim.SGD(parameters, lr=1.0)
-    )
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: sgd(parameters, lr=1.0))
 
 
 def test_an_update_equals_plain_gradient_steps(arguments, monkeypatch):
     """Against one forward pass a sample, autograd's log_softmax, J's equations, and steps made by hand."""
     plain_gradient_descent(monkeypatch)
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.5)
-    one = set_up(
-        arguments,
-        "--num_mini_batches 3 --epsilon 0.01 --epsilon_high 0.03 --learning_rate 1 --per_device_train_batch_size 3 "
-        "--scope_share 0.5 --generation_batch_size 96",
+    sizes = (
+        "--num_mini_batches 3 --per_device_train_batch_size 3 --generation_batch_size 96 --scope_share 0.5"
     )
+    one = set_up(arguments, f"{sizes} --epsilon 0.01 --epsilon_high 0.03 --learning_rate 1")
     dull = {problem.question for problem in train.problems_of_step(one)[::3]}  # all of the first mini-batch
     parity = one.task.reward
     one.task = one.task._replace(reward=lambda p, text: float(p.question not in dull) * parity(p, text))
@@ -232,11 +226,8 @@ def test_an_update_equals_plain_gradient_steps(arguments, monkeypatch):
     for m in range(3):
         J = 0.0
         for i in range(96 + 48):
-            A, w, problem = (
-                table.advantages[i].item(),
-                table.weights[i].item(),
-                i // 4 if i < 96 else (i - 96) % 24,
-            )
+            A, w = table.advantages[i].item(), table.weights[i].item()
+            problem = i // 4 if i < 96 else (i - 96) % 24
             if problem % 3 != m or A == 0:
                 continue
             mask, owner = samples.completion_mask[i], samples.owner[i]
@@ -300,10 +291,8 @@ def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
     assert half.model.is_gradient_checkpointing
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.05)
-    moved = [
-        (a - b).abs().max().item()
-        for a, b in zip(plain.model.parameters(), half.model.parameters(), strict=True)
-    ]
+    pairs = zip(plain.model.parameters(), half.model.parameters(), strict=True)
+    moved = [(a - b).abs().max().item() for a, b in pairs]
     assert 0 < max(moved) <= 2.1 * 2 * 1e-3  # AdamW moves a weight by the learning rate at most
 
 
@@ -356,29 +345,25 @@ def test_seeds_and_steps_sample_differently_from_the_same_prompts(arguments, tmp
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1+1=", "answer": 2}\n{"question": "1+2=", "answer": 3}\n')
     more = f"--task gsm8k --train_file {data} --algorithm grpo --learning_rate 0"
-    (one, first), (_, second) = (
-        after_one_step(arguments, f"{more} --seed {i}", tmp_path / str(i)) for i in (0, 1)
-    )
+    one, first = after_one_step(arguments, f"{more} --seed 0", tmp_path / "0")
+    _, other = after_one_step(arguments, f"{more} --seed 1", tmp_path / "1")
     assert [len(one.task.train), len(one.task.test)] == [1, 1]
-    assert first["entropy"] != second["entropy"] != train.train_step(one)[0]["entropy"] != first["entropy"]
+    assert len({step["entropy"] for step in (first, other, train.train_step(one)[0])}) == 3
 
 
 # --- Evaluation
 def test_an_evaluation_is_pass_at_k_of_each_problem(arguments, monkeypatch):
     """Batches that cut through the problems' samples; known rights and wrongs; grades below 1 are no right answers."""
     one = set_up(arguments, "--generation_batch_size 8")
-    scripts = {
-        problem.prompt: iter(t) for problem, t in zip(one.task.test, ("..--", ".a--", "bacb"), strict=True)
-    }
+    drawn = zip(one.task.test, ("..--", ".a--", "bacb"), strict=True)
+    scripts = {problem.prompt: iter(texts) for problem, texts in drawn}
     generate, grades, made = rollout.generate, {".": 0.0, "-": 0.5}, []
 
-    def scripted(model, tokenizer, prompts, temperatures, length, uniforms):
-        samples = generate(model, tokenizer, prompts, temperatures, length, uniforms)
+    def scripted(model, tokenizer, prompts, temperatures, *more):
+        samples = generate(model, tokenizer, prompts, temperatures, *more)
         made.append(temperatures.tolist())
-        samples.texts, samples.truncated = (
-            [next(scripts[prompt]) for prompt in prompts],
-            torch.zeros(len(prompts)).bool(),
-        )
+        samples.texts = [next(scripts[prompt]) for prompt in prompts]
+        samples.truncated[:] = False
         return samples
 
     monkeypatch.setattr(rollout, "generate", scripted)
@@ -391,25 +376,23 @@ def test_an_evaluation_is_pass_at_k_of_each_problem(arguments, monkeypatch):
     assert one.evaluations["before"] == pytest.approx(expected)
 
 
-def test_an_evaluation_is_drawn_the_same_whatever_the_batch_size_seed_and_moment(
-    arguments, tmp_path, monkeypatch
-):
-    texts, generate = {}, rollout.generate
+def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(arguments, tmp_path, monkeypatch):
+    texts, generate = [], rollout.generate
 
     def noting(*given):
         samples = generate(*given)
-        texts.setdefault(more, []).extend(samples.texts)
+        texts[-1] += samples.texts
         return samples
 
-    monkeypatch.setattr(rollout, "generate", noting)
-    cases = "--seed 1", "--generation_batch_size 4 --num_mini_batches 1", "--generation_batch_size 8"
-    for i, more in enumerate(cases):
+    for i, more in enumerate(("--seed 1", "--generation_batch_size 8", "--generation_batch_size 56")):
         one = set_up(arguments, more, tmp_path / str(i))
-        texts.clear() if i == 0 else None
-        torch.manual_seed(i)
-        train.evaluate(one, "before")
-    assert [one[-12:] for one in texts.values()] == [texts[cases[0]][-12:]] * 3
-    assert len(set(texts[cases[0]][-12:])) > 6
+        texts.append([])
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "generate", noting)
+            train.evaluate(one, "before")
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 12
+    assert len(set(texts[0])) > 6
 
 
 # --- A run and its files
@@ -419,23 +402,16 @@ def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
     assert train.parse_config(["--model", "x"]).preset == train.parse_config(["--model=x"]).preset == "laptop"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = train.parse_config([])
-    assert (config.preset, config.model, config.task, config.bf16) == (
-        "qwen3-0.6b",
-        "Qwen/Qwen3-0.6B",
-        "gsm8k",
-        True,
-    )
+    assert (config.preset, config.model, config.task) == ("qwen3-0.6b", "Qwen/Qwen3-0.6B", "gsm8k")
+    assert config.bf16
     # The published constants, and the published rule.
     assert (config.scope_target_entropy, config.scope_alpha, config.scope_share) == (0.5, 1 / 64, 1 / 64)
     assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
     assert (config.scope_integral_gain, config.scope_max_boost, config.num_auxiliary) == (0.0, 1.0, 2)
     assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
     # A resumed run keeps its config, except for what the command line says.
-    values = vars(train.parse_config(["--preset", "tiny"])) | {
-        "epsilon": 0.3,
-        "max_steps": 7,
-        "scope_alpha": 0.7,
-    }
+    values = vars(train.parse_config(["--preset", "tiny"]))
+    values |= {"epsilon": 0.3, "max_steps": 7, "scope_alpha": 0.7}
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = train.parse_config(["--resume", "--output_dir", str(tmp_path), "--max_steps", "9"])
     kept = values | {"max_steps": 9, "resume": True, "output_dir": str(tmp_path)}
@@ -473,10 +449,8 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
     for name, value in finished.model.state_dict().items():
         assert torch.equal(model[name], value), name
     assert any(not torch.equal(model[name], before[name]) for name in before)
-    assert (
-        AutoTokenizer.from_pretrained(folder / "model")("1+2=").input_ids
-        == finished.tokenizer("1+2=").input_ids
-    )
+    saved = AutoTokenizer.from_pretrained(folder / "model")
+    assert saved("1+2=").input_ids == finished.tokenizer("1+2=").input_ids
 
     run(arguments, more, tmp_path / "again")
     assert metrics_of(tmp_path / "again") == metrics_of(folder)
@@ -485,19 +459,11 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
 
 
 def test_the_instruction_is_the_tasks_or_ones_own(arguments, tmp_path, monkeypatch):
-    asked, format_prompts = [], rollout.format_prompts
-    monkeypatch.setattr(
-        rollout, "format_prompts", lambda *given: asked.append(given[2]) or format_prompts(*given)
-    )
+    asked, inner = [], rollout.format_prompts
+    monkeypatch.setattr(rollout, "format_prompts", lambda *given: asked.append(given[2]) or inner(*given))
     for i, more in enumerate(("", "--instruction 'Be brief.'")):
         set_up(arguments, f"--task {ROOT / 'theory' / 'tiny' / 'countdown.py'} {more}", tmp_path / str(i))
     assert asked == [countdown.INSTRUCTION, "Be brief."]
-
-
-def test_a_task_may_import_what_is_beside_it(arguments, tmp_path):
-    (tmp_path / "beside_the_task.py").write_text("from countdown import task")
-    (tmp_path / "mine.py").write_text("from beside_the_task import task")
-    assert len(set_up(arguments, f"--task {tmp_path / 'mine.py'}").task.train) == 128
 
 
 def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
@@ -540,14 +506,10 @@ def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_pat
     assert set_up(arguments, "--resume --max_steps 4").step == 2
 
 
-def test_a_resumed_run_goes_on_from_its_checkpoint_and_without_one_from_the_start(
-    arguments, tmp_path, monkeypatch
-):
+def test_resumed_a_run_goes_on_from_its_checkpoint_or_else_from_the_start(arguments, tmp_path, monkeypatch):
     """Both end as the run that was not stopped; what was evaluated before training is not evaluated again."""
     written, write = [], train.write_whole
-    monkeypatch.setattr(
-        train, "write_whole", lambda path, content: written.append(path.name) or write(path, content)
-    )
+    monkeypatch.setattr(train, "write_whole", lambda path, x: written.append(path.name) or write(path, x))
     run(arguments)
     run(arguments, "--max_steps 2", tmp_path / "stopped")
     for evaluations in (1, 2):  # resumed after step 2; then with rows, but without a checkpoint
@@ -555,9 +517,8 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_without_one_from_the_star
         run(arguments, "--resume", tmp_path / "stopped")
         assert written.count("eval.json") == evaluations
         assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "run")
-        assert (tmp_path / "stopped" / "eval.json").read_text() == (
-            tmp_path / "run" / "eval.json"
-        ).read_text()
+        files = [(tmp_path / name / "eval.json").read_text() for name in ("stopped", "run")]
+        assert files[0] == files[1]
         (tmp_path / "stopped" / "checkpoint.pt").unlink()
 
 
@@ -572,9 +533,7 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4}\n{"st')
     places, load = [], torch.load
-    monkeypatch.setattr(
-        torch, "load", lambda *given, **options: places.append(options) or load(*given, **options)
-    )
+    monkeypatch.setattr(torch, "load", lambda *path, **more: places.append(more) or load(*path, **more))
     resumed = train.set_up(train.parse_config(["--resume", "--output_dir", str(tmp_path / "run")]))
     # On the CPU, where AdamW's counters cost no waiting and nothing is on the GPU twice; and no code is run.
     assert places == [{"map_location": "cpu", "weights_only": True}]
@@ -590,21 +549,6 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
             assert torch.equal(value, resumed.optimizer.state[b][name])
     assert isinstance(resumed.optimizer, torch.optim.AdamW)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0
-
-
-def test_a_resumed_run_asks_as_it_asked_before(arguments, model_folder, tmp_path):
-    """A chat template may hold the date: the prompts are those of the day on which the run began."""
-    folder = shutil.copytree(model_folder, tmp_path / "dated")
-    (folder / "chat_template.jinja").write_text(
-        "{{ strftime_now('%f') }}+{{ messages[0]['content'].split('\n')[0] }}"
-    )
-    arguments += ["--model", str(folder)]
-    prompts = [[p.prompt for p in run(arguments, "--max_steps 2").task.train]]
-    prompts += [
-        [p.prompt for p in set_up(arguments, *given).task.train]
-        for given in (["--resume"], ["", tmp_path / "2"])
-    ]
-    assert prompts[0] == prompts[1] != prompts[2]
 
 
 def test_a_run_is_not_resumed_on_other_questions_or_to_fewer_steps(arguments, tmp_path):
@@ -623,50 +567,7 @@ def test_a_run_is_not_resumed_on_other_questions_or_to_fewer_steps(arguments, tm
     assert go(arguments, f"{more} --resume") is None
 
 
-def test_what_is_there_is_not_overwritten_and_damage_is_reported(arguments, tmp_path):
-    run(arguments, "--max_steps 2")
-    assert "add --resume, or take another folder" in go(arguments)
-    checkpoint, rows = tmp_path / "run" / "checkpoint.pt", metrics_of(tmp_path / "run")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    assert re.match("error: cannot resume from .*checkpoint.pt", go(arguments, "--resume"))
-    assert metrics_of(tmp_path / "run") == rows
-
-
 # --- What ends a run
-FAILS_ONCE = """
-import pathlib
-import countdown
-
-def task(config):
-    calls = 0
-    def reward(problem, completion):
-        nonlocal calls
-        calls += 1
-        if calls == 90 and not pathlib.Path(r"{flag}").exists():  # in the third step, of 40 completions each
-            pathlib.Path(r"{flag}").touch()
-            {failure}
-        return float(len(completion) % 2)
-    return countdown.task(config)._replace(reward=reward)
-"""
-
-
-@pytest.mark.parametrize(
-    "failure", ["1 / 0", "return float('nan')", "return 1.5", "return -1", "return None"]
-)
-def test_a_reward_that_fails_ends_the_run_in_a_line_and_costs_no_step(arguments, tmp_path, failure):
-    (tmp_path / "fails.py").write_text(FAILS_ONCE.format(flag=tmp_path / "failed", failure=failure))
-    more = f"--task {tmp_path / 'fails.py'} --num_eval_problems 0 --save_steps 100"
-    said, resume = go(arguments, more).split("\n")
-    assert re.match("stopped: the reward of '.*' for '.*=' (failed: |is|\\S+ is not a number)", said)
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == len(metrics_of(tmp_path / "run")) == 2
-    command = shlex.split(resume.removeprefix("to go on: "))
-    assert command[:2] == ["python", "train.py"]
-    assert go(command[2:]) is None
-    assert go(arguments, f"{more} --output_dir {tmp_path / 'whole'}") is None  # it does not fail again
-    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
-
-
 @pytest.mark.parametrize(("what", "last"), [("entropy", 3), ("loss", 3), ("weights", 4)])
 def test_a_policy_that_has_diverged_is_not_saved(what, last, arguments, tmp_path, monkeypatch):
     """Numbers that are not finite in the third step, or weights after the last: a lower learning rate is tried."""
@@ -733,37 +634,6 @@ def test_truncated_completions_earn_nothing(arguments):
     _, metrics = after_one_step(arguments, "--max_completion_length 3", reward=1.0)
     assert 0 < metrics["truncated_frac"] < 1
     assert metrics["reward"] == pytest.approx(1 - metrics["truncated_frac"])
-
-
-def test_a_terminal_that_cannot_show_a_completion_does_not_end_the_run(arguments, tmp_path, monkeypatch):
-    """Redirected output on Windows, or a plain C locale, has only a few characters; a notebook's has no reconfigure."""
-    monkeypatch.setattr(train, "examples", lambda *given: ["\U0001f600 Äpfel"])
-    said = open(tmp_path / "said", "w", encoding="ascii")  # noqa: SIM115
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", said)
-        assert go(arguments, "--max_steps 2") is None
-    said.close()
-    assert r"\U0001f600 \xc4pfel" in (tmp_path / "said").read_text()
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert go(arguments, "--max_steps 4 --resume") is None
-    assert "all is in" in sys.stdout.getvalue()
-
-
-def test_interrupted_while_it_loads_it_says_so_and_leaves_nothing(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout, "load_policy", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert go(arguments) == "error: interrupted before it began"
-    assert not (tmp_path / "run").exists()
-
-
-def test_after_a_run_its_folder_and_the_signals_are_free(arguments, monkeypatch):
-    """A notebook goes on, and so may its next run."""
-    monkeypatch.setattr(train, "train", lambda run: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        go(arguments)
-    monkeypatch.undo()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert go(arguments, "--resume") is None
 
 
 @pytest.mark.slow

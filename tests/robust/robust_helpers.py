@@ -1,17 +1,12 @@
-"""What the tests of this folder share: a small run, edits of its files, and train.py in processes of their own."""
+"""What the tests of this folder share: a small run, tasks for it, and edits of its files."""
 
 import json
-import multiprocessing
-import os
 import re
-import resource
 import shlex
 import shutil
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import train
 
@@ -23,6 +18,21 @@ import countdown
 
 def task(config):
     return countdown.task(config)._replace(reward=lambda problem, completion: float(len(completion) % 2))
+"""
+JUDGE = """
+import pathlib, time
+import countdown
+calls = 0
+
+def reward(problem, completion):
+    global calls
+    calls += 1
+    if calls == 90:  # in the third step, of 40 completions each
+        {}
+    return float(len(completion) % 2)
+
+def task(config):
+    return countdown.task(config)._replace(reward=reward)
 """
 
 
@@ -59,13 +69,6 @@ def step_of(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["step"]
 
 
-def same_model(one, other):
-    files = [load_file(Path(folder) / "model" / "model.safetensors") for folder in (one, other)]
-    return files[0].keys() == files[1].keys() and all(
-        torch.equal(files[0][name], files[1][name]) for name in files[0]
-    )
-
-
 # --- Edits of a folder, which are functions of it
 
 
@@ -90,41 +93,3 @@ def without(*names):
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
     return edit
-
-
-# --- Processes
-
-FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported everything
-FORKS.set_forkserver_preload(["train", "countdown", "transformers.models.qwen3.modeling_qwen3"])
-
-
-def child(line, output, limit):
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
-    os.dup2(1, 2)
-    torch.set_num_threads(1)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    train.main(shlex.split(line))
-
-
-def start(line, output, limit=0):
-    """A process of `python train.py LINE`, whose screen is a file and which can write files up to a limit only."""
-    process = FORKS.Process(target=child, args=(line, output, limit))
-    process.start()
-    return process
-
-
-def end(process, output):
-    """The exit status, and the lines said; bars redraw theirs after a carriage return."""
-    process.join()
-    said = output.read_text()
-    assert "Traceback" not in said
-    assert "Exception ignored" not in said
-    return process.exitcode, [line.rpartition("\r")[2].strip() for line in said.split("\n")]
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import math
 import re
 import shlex
@@ -11,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from robust_helpers import files_in, go, metrics_of, refused, rewritten, same_model, setting, step_of, without
+from robust_helpers import JUDGE, files_in, go, metrics_of, refused, rewritten, setting, step_of, without
 
 import rollout
 import train
@@ -22,13 +21,11 @@ COMMAND_LINES = """
 --num_generations 1 --generation_batch_size 8 | num_generations
 --seed 9000000000001 | seed
 --scope_temperature_min 2 --scope_temperature_max 1 | scope_temperature_min.*scope_temperature_max
---epsilon 1 | epsilon must be below 1
 --epsilon_high nan | epsilon_high
 --num_generations 5 | generation_batch_size.*multiple of num_generations
 --num_mini_batches 65 --epsilon 2 | num_mini_batches.*epsilon
 --model '' | model cannot be ''
 --output_dir '' | output_dir cannot be ''
---train_file '' --task gsm8k | train_file cannot be ''
 --instruction '' | instruction cannot be ''
 --train_file x.jsonl | train_file.*--task gsm8k
 --test_file x.jsonl | test_file.*--task gsm8k
@@ -39,36 +36,24 @@ COMMAND_LINES = """
 --preset huge | huge
 --max_steps ten | --max_steps.*'ten'
 --max_steps 4.0 | '4.0'
---max_steps '' | --max_steps.*''
---learning_rate 1,5 | '1,5'
 --bf16 maybe | --bf16
 --max_steps | --max_steps.*expected one argument
---model | --model.*expected one argument
 --max_step 5 | unrecognized.*--max_step 5
---lr 1 | unrecognized.*--lr 1
 --report_to tensorboard | unrecognized.*--report_to
-5 | unrecognized.*5
 'two words' | unrecognized
 --resume | --output_dir
 --resume --output_dir nowhere | --output_dir.*nowhere
---resume --output_dir /dev/null | --output_dir.*/dev/null
---resume yes --output_dir nowhere | nowhere
 --model no/such/folder | no folder no/such/folder
 --model /etc/hostname | no folder /etc/hostname
---model 'two words' | no folder two words
 --task nothing.py | no file nothing.py
---task / | no file /
 --model m --task gsm8k --train_file nothing.jsonl | cannot read.*nothing.jsonl
---model m --task gsm8k --train_file / | cannot read.*/
 --model m --task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl | cannot read.*nothing.jsonl
 --max_steps 0 --seed -1 --model '' --task '' | seed.*max_steps.*model.*task
 """
 
 
 @pytest.mark.parametrize(("line", "pattern"), [row.split(" | ") for row in COMMAND_LINES.strip().split("\n")])
-def test_bad_command_lines_end_in_a_line_before_anything_begins(
-    line, pattern, home, tmp_path, nothing_begins
-):
+def test_bad_lines_end_in_a_line_before_anything_begins(line, pattern, home, tmp_path, nothing_begins):
     refused(line.replace("{home}", str(home)), pattern)
     assert files_in(tmp_path) == {}
 
@@ -130,24 +115,10 @@ def test_a_question_that_the_model_cannot_be_asked_is_named(question, pattern, r
     assert not (tmp_path / "run").exists()
 
 
-JUDGE = """
-import countdown
-calls = 0
-
-def reward(problem, completion):
-    global calls
-    calls += 1
-    return {} if calls > 90 else float(len(completion) % 2)
-
-def task(config):
-    return countdown.task(config)._replace(reward=reward)
-"""
-
-
 @pytest.mark.parametrize("value", ["-1.0", "2.0", "float('nan')", "None", "'good'", "1 / 0"])
 def test_a_reward_that_is_none_ends_the_run_like_an_interruption(value, run_line, home, finished, tmp_path):
     """In the third step; the two before it are saved, and mended it goes on as if nothing had been."""
-    (tmp_path / "judge.py").write_text(JUDGE.format(value))
+    (tmp_path / "judge.py").write_text(JUDGE.format(f"return {value}"))
     more = f"--num_eval_problems 0 --save_steps 100 --max_steps 8 --task {tmp_path}/judge.py"
     said, how = go(f"{run_line} {more}").split("\n")
     assert re.match("stopped: the reward of '.*' for '.*:.*='", said)
@@ -188,18 +159,15 @@ FOLDERS = [  # what is edited, what is added to the command line, and what the e
     (nothing, "", None),
     # config.json: values
     (values(resume=True, output_dir="/nowhere/else", learning_rate=0.001), "", None),
-    (values(max_steps=0), "", "max_steps"), (values(max_steps="6"), "", "max_steps"),
-    (values(max_steps=6.5), "", "max_steps"), (values(max_steps=None), "", "max_steps"),
-    (values(learning_rate="high"), "", "learning_rate"), (values(learning_rate=math.nan), "", "learning_rate"),
-    (values(bf16="no"), "", "bf16"), (values(instruction=3), "", "instruction"),
-    (values(model=None), "", "model"), (values(model=["m"]), "", "model"), (values(model=""), "", "model"),
-    (values(model="/no/such/folder"), "", "/no/such/folder"), (values(model="a\x00b/c"), "", "no folder"),
-    (values(task=7), "", "task"), (values(task="/no/task.py"), "", "/no/task.py"),
-    (values(algorithm="ppo"), "", "algorithm"), (values(algorithm=None), "", "algorithm"),
-    (values(preset="huge"), "", "preset"), (values(num_generations=5), "", "num_generations"),
-    (values(scope_temperature_min=9), "", "scope_temperature_min"), (values(seed=-1), "", "seed"),
-    (values(seed=[]), "", "seed"), (values(max_completion_length=60), "", "exceed 64"),
-    (values(scope_target_entropy=9.0), "", "scope_target_entropy"), (values(warmstart=3), "", "warmstart"),
+    (values(max_steps=0), "", "max_steps"), (values(max_steps="6"), "", "max_steps"), (values(max_steps=6.5), "", "max_steps"),
+    (values(max_steps=None), "", "max_steps"), (values(learning_rate="high"), "", "learning_rate"), (values(learning_rate=math.nan), "", "learning_rate"),
+    (values(bf16="no"), "", "bf16"), (values(instruction=3), "", "instruction"), (values(model=None), "", "model"), (values(model=["m"]), "", "model"),
+    (values(model=""), "", "model"), (values(model="/no/such/folder"), "", "/no/such/folder"), (values(model="a\x00b/c"), "", "no folder"),
+    (values(task=7), "", "task"), (values(task="/no/task.py"), "", "/no/task.py"), (values(algorithm="ppo"), "", "algorithm"),
+    (values(algorithm=None), "", "algorithm"), (values(preset="huge"), "", "preset"), (values(num_generations=5), "", "num_generations"),
+    (values(scope_temperature_min=9), "", "scope_temperature_min"), (values(seed=-1), "", "seed"), (values(seed=[]), "", "seed"),
+    (values(max_completion_length=60), "", "exceed 64"), (values(scope_target_entropy=9.0), "", "scope_target_entropy"),
+    (values(warmstart=3), "", "warmstart"),
     # config.json: no JSON, or another one
     *[(rewritten("config.json", content), "", "") for content in (b"", b"{", b"[1]", b"null", b"3", b'"text"', b"\xff\xfe{}", b"[" * 10**5, b"\x00" * 100)],
     (without("config.json"), "", "config.json"), (folder_for("config.json"), "", "config.json"),
@@ -227,7 +195,7 @@ FOLDERS = [  # what is edited, what is added to the command line, and what the e
 
 @pytest.mark.parametrize("case", range(len(FOLDERS)))
 def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, home, finished, tmp_path):
-    (edit, line, pattern), folder = FOLDERS[case], tmp_path / "run"
+    (edit, line, pattern), folder, whole = FOLDERS[case], tmp_path / "run", finished / "6"
     shutil.copytree(finished / "4", folder)
     edit(folder)
     before = files_in(folder)
@@ -238,11 +206,9 @@ def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, ho
         assert files_in(folder) == before
         return
     assert go(line) is None
-    assert metrics_of(folder) == metrics_of(finished / "6")
-    assert json.loads((folder / "eval.json").read_text()) == json.loads(
-        (finished / "6" / "eval.json").read_text()
-    )
-    assert same_model(folder, finished / "6")
+    assert metrics_of(folder) == metrics_of(whole)
+    assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
+    assert files_in(folder / "model") == files_in(whole / "model")
 
 
 def test_a_run_whose_model_and_task_have_moved_goes_on_when_it_is_told_where(home, finished, tmp_path):
@@ -258,9 +224,8 @@ def test_a_run_whose_model_and_task_have_moved_goes_on_when_it_is_told_where(hom
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoint.pt", "model"])
 def test_a_new_run_does_not_write_over_what_another_left(name, run_line, finished, tmp_path, nothing_begins):
     """One file of a run is enough, and a folder `model` may be the very model that is trained."""
-    shutil.copytree(
-        finished / "4", tmp_path / "run", ignore=lambda _, names: {*names} - {name} if name in names else ()
-    )
+    shutil.copytree(finished / "4", tmp_path / "run")
+    without(*{path.name for path in (tmp_path / "run").iterdir()} - {name})(tmp_path / "run")
     before = files_in(tmp_path)
     refused(run_line, f"holds {name}: add --resume, or take another folder")
     assert files_in(tmp_path) == before
@@ -270,9 +235,6 @@ def test_a_file_where_the_folder_should_go_ends_in_a_line_and_stays(run_line, ho
     before = files_in(home)
     refused(f"{run_line} --output_dir {home}/data.jsonl", "exists: .*data.jsonl")
     assert files_in(home) == before
-
-
-# --- Screens and notebooks
 
 
 def test_in_a_notebook_it_runs_and_resumes_and_leaves_ctrl_c_alone(run_line, finished, monkeypatch, tmp_path):

@@ -1,8 +1,10 @@
 """Kills, signals, a second run and a full disk: no step that is saved is lost, and resumed it ends as if left alone."""
 
+import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,34 +12,46 @@ import sys
 import time
 
 import pytest
-from robust_helpers import (
-    ROOT,
-    end,
-    files_in,
-    go,
-    metrics_of,
-    refused,
-    same_model,
-    start,
-    step_of,
-    wait_for,
-)  # fmt: skip
+import torch
+from robust_helpers import JUDGE, ROOT, files_in, go, metrics_of, refused, step_of
 
-ASLEEP = """
-import os, pathlib, time
-import countdown
+import train
 
-def task(config):
-    calls = 0
-    def reward(problem, completion):
-        nonlocal calls
-        calls += 1
-        if calls == 90 and not os.path.exists("{folder}/asleep"):  # in the third step, of 40 completions each
-            pathlib.Path("{folder}/asleep").touch()
-            time.sleep({seconds})
-        return float(len(completion) % 2)
-    return countdown.task(config)._replace(reward=reward)
-"""
+resource = pytest.importorskip("resource", reason="processes are forked")
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has imported everything
+FORKS.set_forkserver_preload(["train", "countdown", "transformers.models.qwen3.modeling_qwen3"])
+
+
+def child(line, output, limit):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train.main(shlex.split(line))
+
+
+def start(line, output, limit=0):
+    """A process of `python train.py LINE`, whose screen is a file, and which cannot write beyond a limit."""
+    process = FORKS.Process(target=child, args=(line, output, limit))
+    process.start()
+    return process
+
+
+def end(process, output):
+    """The exit status, and the lines said; bars redraw theirs after a carriage return."""
+    process.join()
+    said = output.read_text()
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    return process.exitcode, [line.rpartition("\r")[2].strip() for line in said.split("\n")]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -45,7 +59,8 @@ def asleep(run_line, tmp_path):
     """A function that gives a command line of eight steps, whose third step sleeps so many seconds."""
 
     def prepare(seconds):
-        (tmp_path / "asleep.py").write_text(ASLEEP.format(folder=tmp_path, seconds=seconds))
+        sleep = f"pathlib.Path('{tmp_path}/asleep').touch(); time.sleep({seconds})"
+        (tmp_path / "asleep.py").write_text(JUDGE.format(sleep))
         return f"{run_line} --task {tmp_path}/asleep.py --max_steps 8 --save_steps 100 --num_eval_problems 0"
 
     return prepare
@@ -77,7 +92,7 @@ def test_a_second_ctrl_c_stops_at_once(asleep, tmp_path):
     assert len(metrics_of(tmp_path / "run")) == 2
 
 
-def test_two_runs_on_one_folder(asleep, finished, tmp_path):
+def test_two_runs_on_one_folder(asleep, home, finished, tmp_path):
     """The second is refused in a line, and the first does not notice; once it is killed the folder is free."""
     line = asleep(600)
     process = start(line, tmp_path / "said")
@@ -87,22 +102,12 @@ def test_two_runs_on_one_folder(asleep, finished, tmp_path):
     assert files_in(tmp_path / "run") == before
     process.kill()
     process.join()
+    shutil.copy(home / "easy.py", tmp_path / "asleep.py")
     assert go(f"{line} --resume") is None
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
 
 
-def test_two_runs_that_begin_at_once_on_one_folder(run_line, tmp_path):
-    """The other has the lock, but has not written its config yet; the lock is the system's, whoever takes it."""
-    fcntl = pytest.importorskip("fcntl")
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        refused(run_line, "cannot lock .*run")
-        assert files_in(tmp_path / "run") == {}
-    assert go(f"{run_line} --max_steps 1") is None
-
-
-DISKS = {  # when it is full: at a share of the size of a file that a run writes, of a run with a checkpoint of 4 steps
+DISKS = {  # when it is full: at a share of the size of a file that a run writes, after 4 steps
     "config.json": 0.5, "metrics.jsonl": 1.125, "checkpoint.pt": 0.05, "checkpoint.pt, its end": 0.99, "model.safetensors": 0.99,
 }  # fmt: skip
 
@@ -131,9 +136,6 @@ def test_a_full_disk_ends_in_a_line_and_the_last_checkpoint_stays(name, finished
     assert metrics_of(folder) == metrics_of(finished / "8")
 
 
-# --- Long ones
-
-
 @pytest.mark.slow
 def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_alone(run_line, tmp_path):
     """`python train.py` itself; after SIGTERM and Ctrl-C not a step is lost, a kill costs those since the last checkpoint."""
@@ -141,11 +143,8 @@ def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_al
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "theory" / "tiny")}
 
     def begin(name, resume=""):
-        command = [
-            sys.executable,
-            "train.py",
-            *f"{run_line} {more} --output_dir {tmp_path}/{name} {resume}".split(),
-        ]
+        line = f"{run_line} {more} --output_dir {tmp_path}/{name} {resume}"
+        command = [sys.executable, "train.py", *shlex.split(line)]
         with open(tmp_path / "said", "wb") as said:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said, stdout=said)
 
@@ -177,5 +176,4 @@ def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_al
     assert saved() < 700
     assert begin("stopped", "--resume").wait() == 0
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
-    assert (tmp_path / "stopped" / "eval.json").read_text() == (tmp_path / "whole" / "eval.json").read_text()
-    assert same_model(tmp_path / "stopped", tmp_path / "whole")
+    assert files_in(tmp_path / "stopped" / "model") == files_in(tmp_path / "whole" / "model")

@@ -14,8 +14,6 @@ from transformers.models.auto import CONFIG_MAPPING
 
 import rollout
 
-# --- Folders that hold something else
-
 
 def template(text):
     return rewritten("chat_template.jinja", text.encode())
@@ -44,13 +42,7 @@ def only(name, content=b""):
     return edit
 
 
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 8,
-    "long_factor": [9.0] * 8,
-    "original_max_position_embeddings": 32,
-}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [9.0] * 8, "original_max_position_embeddings": 32}  # fmt: skip
 SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
 MODELS = {  # what was done to the folder of a model, and what the error says
     "a file of llama.cpp": (only("model-Q4_K_M.gguf", b"GGUF"), "no config.json"),
@@ -66,7 +58,6 @@ MODELS = {  # what was done to the folder of a model, and what the error says
     "more layers": (setting("config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3), r"lacks weights: \['model.layers.2"),
     "no model.safetensors": (without("model.safetensors"), "cannot use the model"),
     "model.safetensors cut off": (rewritten("model.safetensors", lambda c: c[:-8]), "cannot use the model"),
-    "model.safetensors a page of HTML": (rewritten("model.safetensors", b"<html>" * 1000), "cannot use the model"),
     "a pointer instead of weights": (rewritten("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "cannot use the model"),
     "NaN weights": (with_nan, "cannot use the model"),
     "other frequencies beyond 32 tokens": (setting("config.json", rope_parameters=LONG), "exceed 32"),
@@ -76,7 +67,6 @@ MODELS = {  # what was done to the folder of a model, and what the error says
     "a template with a syntax error": (template("{% for message in messages %}{{ message"), "chat template"),
     "a template of an unknown name": (template("{{ nothing.of.that }}"), "'nothing' is undefined"),
     "a template that leaves the question out": (template("1+1="), "the same to"),
-    "a template that makes nothing": (template("{{ '' }}"), "empty"),
     "a template for other roles": (template("{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}"), "empty"),
 }  # fmt: skip
 
@@ -101,9 +91,7 @@ TYPES = {  # settings of those that need some
     "gemma2": {"final_logit_softcapping": 3.0}, "rwkv": {"attention_hidden_size": 32}, "bert": {"is_decoder": True}, "roberta": {"is_decoder": True},
 }
 # fmt: on
-TAKEN = (
-    "apertus exaone4 gemma glm gpt_neo gpt_oss granite mixtral nemotron olmo2 qwen3_moe stablelm starcoder2"
-)
+TAKEN = "apertus exaone4 gemma glm gpt_neo gpt_oss granite mixtral nemotron olmo2 qwen3_moe starcoder2"
 REFUSED = "bart bert blenderbot cohere gemma2 gptj llama4_text mbart openai-gpt pegasus phi roberta rwkv"
 
 
@@ -142,9 +130,6 @@ def test_a_model_with_parts_that_autocast_does_not_know_trains_in_bfloat16(run_l
     tokenizer.save_pretrained(tmp_path / "opt")
     assert go(f"{run_line} --model {tmp_path}/opt --bf16 true --max_steps 2") is None
     assert all(row["grad_norm"] > 0 for row in metrics_of(tmp_path / "run"))
-
-
-# --- Chat templates
 
 
 def test_a_run_that_is_resumed_on_another_day_asks_as_before(run_line, home, tmp_path):

@@ -34,7 +34,8 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
     characters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     characters.decoder = tokenizers.decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
     tokenizer.chat_template = "{{ messages[0]['content'].split('\n')[0] }}"
     return tokenizer
 
@@ -50,7 +51,9 @@ def make_config(architecture: str) -> transformers.PreTrainedConfig:
     )  # fmt: skip
 
 
-def warm_start(folder: Path, config: transformers.PreTrainedConfig, example: Callable, steps: int, seed: int) -> None:
+def warm_start(
+    folder: Path, config: transformers.PreTrainedConfig, example: Callable, steps: int, seed: int
+) -> None:
     """Train a model of this config from scratch on the task's examples; save it with its tokenizer.
 
     `example(rng)` gives a problem of the training split and a right answer to it.

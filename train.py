@@ -215,8 +215,8 @@ def train(run: "Run") -> None:
     """The whole run: evaluate, train, evaluate, save the model. A line of metrics every step."""
     config, recent = run.config, deque(maxlen=10)
     evaluate(run, "before")
-    with open(run.output / "metrics.jsonl", "a", buffering=1) as metrics_file:
-        bar = tqdm(initial=run.step, total=config.max_steps, bar_format=BAR)
+    bar = tqdm(initial=run.step, total=config.max_steps, bar_format=BAR)
+    with open(run.output / "metrics.jsonl", "a", buffering=1) as metrics_file, bar:
         while run.step < config.max_steps:
             started = time.perf_counter()
             try:
@@ -249,7 +249,6 @@ def train(run: "Run") -> None:
             if sum(step["grad_norm"] == 0 for step in recent) == 8:
                 tqdm.write(f"8 of 10 steps taught nothing: {reason(recent)}")
                 recent.clear()
-        bar.close()
 
     evaluate(run, "after")
     with one_line_error(f"cannot write {run.output / 'model'}", OSError):
@@ -449,7 +448,7 @@ def load_task(config: Config) -> Task:
         sys.path.insert(0, str(path.parent))  # it may import modules beside it
         with one_line_error(f"the task {path} fails"):
             task = runpy.run_path(str(path))["task"](config)
-            if not task.train:
+            if not task.train or not questions_of(task):
                 raise ValueError("it has no problems to train on")
     return task._replace(test=task.test[: config.num_eval_problems])
 
@@ -536,12 +535,13 @@ def load_checkpoint(run: Run) -> None:
     path, metrics = run.output / "checkpoint.pt", run.output / "metrics.jsonl"
     lines = []
     if metrics.exists():
-        lines = metrics.read_bytes().splitlines(keepends=True)
+        whole, end, _ = metrics.read_bytes().rpartition(b"\n")  # a line may be cut by a kill
+        lines = (whole + end).splitlines(keepends=True)
     if path.exists():
         with one_line_error(f"cannot resume from {path}"):
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["questions"] != questions_of(run.task):
-                raise ValueError("the task has other questions than when the run began")
+                raise ValueError("other data, or num_eval_problems, than when the run began")
             set_prompts(run, content["prompts"])
             run.model.load_state_dict(content["model"])
             run.optimizer.load_state_dict(content["optimizer"])
@@ -552,7 +552,9 @@ def load_checkpoint(run: Run) -> None:
                 raise ValueError(f"{metrics} is shorter than it was")
     if run.step > run.config.max_steps:
         raise ValueError(f"{run.step} steps are done, so --max_steps must be {run.step} or more")
-    metrics.write_bytes(b"".join(lines[: run.step]))  # later steps are done again
+    with open(metrics, "ab") as file:
+        kept = b"".join(lines[: run.step])
+        file.truncate(len(kept))  # later steps are done again
     print(f"goes on after step {run.step}")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,14 +20,14 @@ import countdown
 import reward
 import rollout
 import sums
-import train
 import warm_start
 from reward import Problem
 
+TINY = Path(warm_start.__file__).parent
 
-def countdown_task(num_train: int | None, num_test: int, seed: int) -> reward.Task:
-    config = SimpleNamespace(num_train_problems=num_train, num_eval_problems=num_test, seed=seed)
-    return countdown.task(config)
+
+def countdown_task(num_test: int, seed: int = 0) -> reward.Task:
+    return countdown.task(SimpleNamespace(num_eval_problems=num_test, seed=seed))
 
 
 def test_countdown_against_enumeration():
@@ -58,11 +59,11 @@ def test_countdown_examples_are_right_and_the_splits_are_disjoint():
         given, target = problem.question.rstrip("=").split(":")
         return "".join(sorted(given)), target
 
-    first, second = (countdown_task(2000, 2000, seed) for seed in (0, 1))
-    assert not {key(p) for p in first.train} & {key(p) for p in first.test}
+    first, second = (countdown_task(2000, seed) for seed in (0, 1))
+    assert not {key(p) for p in first.train + second.train} & {key(p) for p in first.test}
     assert first.train != second.train
     assert first.test == second.test  # evaluation does not depend on the seed
-    assert [len(first.train), len(countdown_task(None, 0, 0).train)] == [2000, 128]
+    assert [len(first.train), len(first.test)] == [128, 2000]
 
 
 def test_countdown_has_about_a_thousand_right_answers():
@@ -74,7 +75,7 @@ def test_countdown_has_about_a_thousand_right_answers():
         values[n] = digits @ signs.T
         counts[n] = np.stack([(digits == d).sum(1) for d in range(10)], axis=1)
     totals, bounds = [], []
-    for problem in countdown_task(None, 60, 0).test:
+    for problem in countdown_task(60).test:
         given = Counter(problem.question.split(":")[0].split(","))
         needed = np.array([given[str(d)] for d in range(10)])
         right = {}
@@ -88,17 +89,12 @@ def test_countdown_has_about_a_thousand_right_answers():
     assert 0.65 < np.median(bounds) < 0.75
 
 
-HOSTILE = [
-    "", " ", "\x00", "2+5+7+5; import os", "__import__('os')", "2+5+7+5+", "+2+5+7+5", "2+5+7+5#", "2++5+7+5", "2+5+7+5\n19",
-    "٢+٥+٧+٥", "２+５+７+５", "9**9**9**9", "(2+5)+7+5", "02+5+7+5", "2+5+7+5.0", "1e999999", "9" * 10**6,
-    "1+" * 10**6, "," * 10**6, "-" * 10**6, "1-1+" * 10**6, "\ud800",
-]  # fmt: skip
-
-
 def test_hostile_output_scores_zero_in_linear_time():
+    """What reads like an answer; pieces in any order are fuzzed in test_reward.py."""
+    texts = ["__import__('os')", "9**9**9**9", "(2+5)+7+5", "02+5+7+5", "2+5+7+5.0", "２+５+７+５", "\ud800"]
+    texts += [piece * 10**6 for piece in ("9", "1+", ",", "-", "1-1+")]
     start = time.process_time()
-    for text in HOSTILE:
-        assert countdown.reward(Problem("2,5,7:19=", "19"), text) == 0
+    assert [countdown.reward(Problem("2,5,7:19=", "19"), text) for text in texts] == [0] * len(texts)
     assert time.process_time() - start < 10
 
 
@@ -118,15 +114,15 @@ def test_sums_are_right_and_kept_apart():
 # --- The warm start
 
 
-@pytest.mark.parametrize(
-    ("architecture", "task", "steps", "question", "form"),
-    [
-        ("qwen3", "countdown", 60, "2,5,7:19=", countdown.EXPRESSION),
-        ("llama", "sums", 100, "12+30=", re.compile(r"\d+\+\d+=\d+")),
-    ],
-    ids=["qwen3", "llama"],
-)
-def test_a_short_warm_start_learns_the_form_of_answers(tmp_path, architecture, task, steps, question, form):
+CASES = {
+    "qwen3": ("countdown", 60, "2,5,7:19=", countdown.EXPRESSION),
+    "llama": ("sums", 100, "12+30=", re.compile(r"\d+\+\d+=\d+")),
+}
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_a_short_warm_start_learns_the_form_of_answers(tmp_path, architecture):
+    task, steps, question, form = CASES[architecture]
     config, example = warm_start.make_config(architecture), warm_start.EXAMPLES[task]
     warm_start.warm_start(tmp_path, config, example, steps=steps, seed=0)
     model, tokenizer = rollout.load_policy(str(tmp_path))
@@ -139,7 +135,7 @@ def test_a_short_warm_start_learns_the_form_of_answers(tmp_path, architecture, t
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_committed_models_are_of_this_config_and_tokenizer(seed):
-    folder = train.TINY / f"start-{seed}"
+    folder = TINY / f"start-{seed}"
     tokenizer, fresh = AutoTokenizer.from_pretrained(folder), warm_start.make_tokenizer()
     assert tokenizer.get_vocab() == fresh.get_vocab()
     assert tokenizer.chat_template == fresh.chat_template
@@ -155,7 +151,7 @@ def test_the_committed_models_are_of_this_config_and_tokenizer(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_script_makes_the_committed_weights(seed, tmp_path):
-    script, folder = train.TINY / "warm_start.py", train.TINY / f"start-{seed}"
+    script, folder = TINY / "warm_start.py", TINY / f"start-{seed}"
     subprocess.run([sys.executable, script, tmp_path, "--seed", str(seed)], check=True)
     made, committed = (load_file(path / "model.safetensors") for path in (tmp_path, folder))
     assert made.keys() == committed.keys()

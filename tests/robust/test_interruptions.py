@@ -42,8 +42,7 @@ def end(process, output):
     """The exit status, and the lines said; bars redraw theirs after a carriage return."""
     process.join()
     said = output.read_text()
-    assert "Traceback" not in said
-    assert "Exception ignored" not in said
+    assert not re.search("Traceback|Exception ignored", said)
     return process.exitcode, [line.rpartition("\r")[2].strip() for line in said.split("\n")]
 
 
@@ -170,8 +169,7 @@ def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_al
         code, said = process.wait(), (tmp_path / "said").read_text()
         if name != signal.SIGKILL:
             assert code == 1
-            assert f"stopped: by {name.name}" in said
-            assert "Traceback" not in said
+            assert f"stopped: by {name.name}" in said and "Traceback" not in said
             assert saved() == rows() >= before
     assert saved() < 700
     assert begin("stopped", "--resume").wait() == 0

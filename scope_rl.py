@@ -62,6 +62,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     The standard deviation is the population's. Equal rewards give advantages of 0.
     """
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [P, 1]
+    centred = centred.masked_fill(equal, 0.0)  # else rounding would part equal grades
     std = rewards.std(1, keepdim=True, unbiased=False)  # [P, 1]
     return centred / (std + ADVANTAGE_EPSILON)  # A
 

@@ -541,7 +541,7 @@ def load_checkpoint(run: Run) -> None:
         with one_line_error(f"cannot resume from {path}"):
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["questions"] != questions_of(run.task):
-                raise ValueError("other data, or num_eval_problems, than when the run began")
+                raise ValueError("other questions, or another num_eval_problems, than at its start")
             set_prompts(run, content["prompts"])
             run.model.load_state_dict(content["model"])
             run.optimizer.load_state_dict(content["optimizer"])

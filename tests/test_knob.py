@@ -142,7 +142,7 @@ def check_loop(case: dict, page: dict) -> None:
     rest, rule = float(page["rest"]), new_rule()
     assert math.isnan(rest) != (o["minimum"] <= balance <= o["maximum"])
     if not math.isnan(rest):
-        rule.temperature = balance
+        rule.wanted = balance
         assert close([rule(rest), rule(rest)], [balance, balance])
 
     # The turning point is on top of the curve, and flat.

@@ -3,11 +3,8 @@
 import re
 
 import pytest
-import torch
-import transformers
 
 import benchmark
-import train
 
 SMALL = "--generation_batch_size 16 --num_generations 4 --max_completion_length 6 --num_eval_problems 0"
 

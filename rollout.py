@@ -382,10 +382,12 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
     # The check is exact, so it comes before everything that rounds.
     device = torch.accelerator.current_accelerator(check_available=True)
     model.to(device or "cpu")
+    torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
     check_sampled_is_scored(model, tokenizer)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, which the output head can do with
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
     if bf16:
         body, head = model.base_model, model.get_output_embeddings()
         bfloat16 = torch.autocast(model.device.type, torch.bfloat16)

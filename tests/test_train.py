@@ -125,6 +125,8 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
     """Whose completion each row is, its advantage within its prompt's group, and the metrics, one sample at a time."""
     options = "--scope_share 0.5 --scope_alpha 0.3 --entropy_coef 0.2 --max_completion_length 5 --seed 2"
     one = set_up(arguments, options)
+    one.task = one.task._replace(reward=lambda problem, text: len(text) % 3 / 2)  # 0, 0.5 or 1
+    one.model.generation_config.eos_token_id = ends = one.tokenizer.convert_tokens_to_ids([*"123", "<eos>"])
     calls, tables = spy(one, "generate"), spy(one, "objective_table")
     before = one.rule.temperature = 1.3
     metrics, shown = train.train_step(one)
@@ -138,16 +140,17 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
     assert temperatures.tolist() == pytest.approx([1.0] * N + [before] * M)
     assert length == 5
 
-    # The task's rewards: an odd number of characters, but nothing for what was cut off.
+    # The task's rewards, but nothing for what was cut off.
     lengths = samples.completion_mask.sum(1).tolist()
     last = [samples.completions[i, lengths[i] - 1].item() for i in range(N + M)]
-    ended = [token == one.tokenizer.eos_token_id for token in last]
-    rewards = [float(len(text) % 2 and end) for text, end in zip(samples.texts, ended, strict=True)]
+    ended = [token in ends for token in last]
+    rewards = [len(text) % 3 / 2 * end for text, end in zip(samples.texts, ended, strict=True)]
     for start in range(0, N, G):
         group = rewards[start : start + G]
         wanted = [(R - np.mean(group)) / (np.std(group) + 1e-4) for R in group]
         assert table.advantages[start : start + G].tolist() == pytest.approx(wanted, abs=1e-5)
-    assert table.advantages[N:].tolist() == rewards[N:]
+    right = [float(R == 1) for R in rewards]
+    assert table.advantages[N:].tolist() == right[N:]
     assert table.weights.tolist() == pytest.approx([1 / N] * N + [0.3 / M] * M)
     assert table.entropy_coefs.tolist() == pytest.approx([0.2] * N + [0.0] * M)
 
@@ -156,11 +159,11 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
     assert metrics["completion_length"] == pytest.approx(np.mean(lengths[:N]))
     assert metrics["truncated_frac"] == pytest.approx(1 - np.mean(ended[:N]))
     assert metrics["reward"] == pytest.approx(np.mean(rewards[:N]))
-    assert metrics["scope_positive_frac"] == pytest.approx(np.mean(rewards[N:]))
+    assert metrics["scope_positive_frac"] == np.mean(right[N:])
     groups = np.reshape(rewards[:N], (-1, G))
     assert metrics["frac_reward_zero_std"] == np.mean(groups.min(1) == groups.max(1))
     # The case tells them apart.
-    assert len({metrics["reward"], metrics["scope_positive_frac"], np.mean(rewards)}) == 3
+    assert len({np.mean(x) for x in (rewards[:N], rewards, rewards[N:], right[N:])}) == 4
     assert np.mean(lengths[:N]) != np.mean(lengths)
     for i, line in zip((0, -1), shown, strict=True):  # one sample of each temperature
         assert line.startswith(f"T {temperatures[i]:.2f}, reward {rewards[i]:g}: ")

@@ -332,7 +332,7 @@ class Config:
     scope_max_boost: float = option(1.0, "largest factor of alpha where T is at its upper clip")
 
     bf16: bool = option(True, "bfloat16 body, gradient checkpointing", False, False, group="machine")
-    per_device_train_batch_size: int = option(8, "completions in a forward pass", 16, 1024)
+    per_device_train_batch_size: int = option(8, "completions in a forward pass", 36, 1024)
 
     def __post_init__(self) -> None:
         problems = []

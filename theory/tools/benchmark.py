@@ -114,8 +114,7 @@ def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
     import trl
 
     config, seconds = ours.run.config, []
-    rows = config.generation_batch_size
-    micro_batch = min(rows, config.per_device_train_batch_size)
+    rows, micro_batch = config.generation_batch_size, config.per_device_train_batch_size
     if config.num_auxiliary > 0 or config.num_mini_batches > 1 or rows % micro_batch > 0:
         raise ValueError("--peer needs --algorithm grpo, one mini-batch, and equal micro-batches")
 
@@ -135,10 +134,9 @@ def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
             folder, max_steps=repeats, generation_batch_size=rows,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=rows // micro_batch,
             num_generations=config.num_generations, max_completion_length=config.max_completion_length,
-            learning_rate=config.learning_rate, beta=0.0, loss_type="grpo", temperature=1.0, top_k=0,
-            top_p=1.0, bf16=config.bf16, gradient_checkpointing=config.bf16, save_strategy="no",
-            use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True, logging_steps=1,
-            report_to="none",
+            learning_rate=config.learning_rate, beta=0.0, loss_type="grpo", save_strategy="no",
+            bf16=config.bf16, gradient_checkpointing=config.bf16, report_to="none", logging_steps=1,
+            use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True,
         )  # fmt: skip
         data = datasets.Dataset.from_list([{"prompt": problem.prompt} for problem in ours.run.task.train])
         trainer = trl.GRPOTrainer(config.model, every_other, arguments, data, callbacks=[Turns()])
@@ -167,10 +165,10 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
         trl_step = column(theirs, "step_seconds")
         table |= {"TRL's step": (trl_step, "s"), "TRL's step / ours": (trl_step / step, "times")}
     for name, (values, unit) in table.items():
-        shown = f"{np.median(values):8.2f} {unit:<6} ({values.min():.2f} to {values.max():.2f} {unit})"
-        print(f"{name:<20} {shown}")
+        print(f"{name:<20} {np.median(values):8.2f} {unit:<6}", end="")
+        print(f" ({values.min():.2f} to {values.max():.2f} {unit})")
     rows, G = config.generation_batch_size, config.num_generations
-    print(f"a step: {rows // G} prompts x {G} completions, {config.num_mini_batches} gradient steps")
+    print(f"a step: {rows // G} prompts x {G} completions, gradient steps: {config.num_mini_batches}")
     for name, steps in {"ours": ours.steps, "TRL": theirs}.items():
         if steps:
             taught, length = column(steps, "taught"), column(steps, "completion_length")

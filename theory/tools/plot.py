@@ -107,8 +107,10 @@ def draw(runs: dict[str, tuple[Curves, float | None]]):
         if target is not None and "entropy" in panels:
             panels["entropy"].axhline(target, color=f"C{i}", linestyle=":")
 
+    # Evaluations are shown from 0 on, and over all steps so far.
+    last_step = max(len(curves["reward"]) for curves, _ in runs.values())
     for name in panels.keys() & EVALUATION.keys():
-        panels[name].update_datalim([(0, 0)])  # let the axis begin at 0
+        panels[name].update_datalim([(0, 0), (last_step, 0)])
         panels[name].autoscale_view()
     some_panel = next(iter(panels.values()))
     figure.legend(*some_panel.get_legend_handles_labels(), loc="outside upper center", ncols=2)

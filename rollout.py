@@ -180,7 +180,7 @@ def decode(
     """Continue prompt owner[i] in row i: token ids `[B, C]`, and what `Sampler` noted, `[2, B, C]`."""
     B, C = uniforms.shape
     device, config = owner.device, model.generation_config
-    end_tokens = torch.tensor(config.eos_token_id, device=device)
+    ends = torch.tensor(config.eos_token_id, device=device)
     completions = torch.full((B, C), config.pad_token_id, device=device)
     noted = torch.zeros(2, B, C, device=device)
 
@@ -212,7 +212,7 @@ def decode(
         noted[:, rows, start:stop] = notes
 
         # Those that have ended leave the batch and the cache.
-        goes_on = ~torch.isin(new, end_tokens).any(1)  # [b]
+        goes_on = ~torch.isin(new, ends).any(1)  # [b]
         rows, sequences = rows[goes_on], sequences[goes_on]
         mask = F.pad(mask[goes_on], (0, n), value=1)
         if cache is not None and not goes_on.all():

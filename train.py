@@ -89,17 +89,17 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
             old = samples.logprobs[micro]
             part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], table.rows(micro), *clip)
             (part * num_batches).backward()  # the table's weights are shares of the whole step
-            loss += part.item()
-            num_tokens += mask[micro].sum().item()
-            num_clipped += clipped.item()
+            loss += part.detach()
+            num_tokens += mask[micro].sum()
+            num_clipped += clipped
         norms.append(gradient_step(run))
 
     # 6. Set the temperature of the next step by this step's entropy.
     run.rule(H)
     run.step += 1
     run.problems_seen += len(problems)
-    metrics = {"step": run.step, "entropy": H, "scope_temperature": T, "loss": loss}
-    metrics |= {"grad_norm": mean(norms), "clip_fraction": num_clipped / max(1, num_tokens)}
+    metrics = {"step": run.step, "entropy": H, "scope_temperature": T, "loss": float(loss)}
+    metrics |= {"grad_norm": mean(norms), "clip_fraction": float(num_clipped / max(1, num_tokens))}
     metrics |= sample_metrics(samples, groups, auxiliary)
     return metrics, examples(asked, samples, rewards, temperatures)
 
@@ -416,15 +416,9 @@ def set_up(config: Config) -> Run:
     with one_line_error(f"cannot use the model {config.model}"):
         model, tokenizer = rollout.load_policy(config.model, config.bf16)
 
-    # The rule of GRPO has no gain, so its T is always 1.
-    rule = scope_rl.TemperatureRule(config.scope_target_entropy, gain=0.0)
-    if config.num_auxiliary > 0:
-        rule.gain, rule.integral_gain = config.scope_gain, config.scope_integral_gain
-        rule.minimum, rule.maximum = config.scope_temperature_min, config.scope_temperature_max
-        rule.max_boost = config.scope_max_boost
     is_cuda = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=is_cuda)
-    run = Run(config, task, model, tokenizer, optimizer, rule, output)
+    run = Run(config, task, model, tokenizer, optimizer, rule_of(config), output)
     give_prompts(run)
 
     output.mkdir(parents=True, exist_ok=True)
@@ -435,6 +429,20 @@ def set_up(config: Config) -> Run:
         load_checkpoint(run)
     write_whole(output / "config.json", vars(config) | {"resume": False})
     return run
+
+
+def rule_of(config: Config) -> scope_rl.TemperatureRule:
+    """The temperature rule of a run. GRPO's has no gain, so its T is always 1."""
+    if config.num_auxiliary == 0:
+        return scope_rl.TemperatureRule(config.scope_target_entropy, gain=0.0)
+    return scope_rl.TemperatureRule(
+        target=config.scope_target_entropy,
+        gain=config.scope_gain,
+        integral_gain=config.scope_integral_gain,
+        minimum=config.scope_temperature_min,
+        maximum=config.scope_temperature_max,
+        max_boost=config.scope_max_boost,
+    )
 
 
 def load_task(config: Config) -> Task:

@@ -31,7 +31,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import reward
 import rollout
-import scope_rl
 import train
 from reward import Problem, RewardError, one_line_error
 
@@ -81,14 +80,7 @@ class ScopeTrainer(GRPOTrainer):
         if config.num_auxiliary == 0:
             raise ValueError("scope_share must be above 0; for GRPO alone set scope_alpha to 0")
         self.config = config
-        self.rule = scope_rl.TemperatureRule(
-            target=config.scope_target_entropy,
-            gain=config.scope_gain,
-            integral_gain=config.scope_integral_gain,
-            minimum=config.scope_temperature_min,
-            maximum=config.scope_temperature_max,
-            max_boost=config.scope_max_boost,
-        )
+        self.rule = train.rule_of(config)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         batch = super()._generate_and_score_completions(inputs)

@@ -57,7 +57,7 @@ def entropy_temperature_derivative(logits: Tensor, temperature: float | Tensor =
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `values` where `mask` is true, over `dim` or over all. It is 0 where nothing is true."""
+    """Mean of `values` where `mask` is true, over `dim` or over all; 0 where nothing is true."""
     total = torch.where(mask, values, 0.0).sum(dim)
     count = mask.sum(dim)
     return total / count.clamp(min=1)
@@ -96,8 +96,8 @@ class ChunkedHead(torch.autograd.Function):
             d_H = d_entropies[rows, None]
             H = entropies[rows, None]
 
-            # dz_b = 1[a = b] d_logprob - p_b (d_logprob + (x_b + H) d_H). All of it is done in place,
-            # since tensors of this size are what takes the memory.
+            # dz_b = 1[a = b] d_logprob - p_b (d_logprob + (x_b + H) d_H). All of it is done in
+            # place, since tensors of this size are what takes the memory.
             x = log_policy(hidden[rows] @ weight.T)  # [n, V]
             bracket = (x + H).mul_(d_H).add_(d_logprob)
             minus_p = x.exp_().neg_()  # x is gone from here on
@@ -117,7 +117,7 @@ def logprobs_and_entropies(
 ) -> tuple[Tensor, Tensor]:
     """log p of each token, and the entropy H of its distribution in nats, at T = 1: both `[N]`.
 
-    They come from hidden states `[N, D]`, token ids `[N]` and a head `[V, D]` without bias, in float32
-    or better. The chunk size, in states, changes the memory and not the result.
+    They come from hidden states `[N, D]`, token ids `[N]` and a head `[V, D]` without bias, in
+    float32 or better. The chunk size, in states, changes the memory and not the result.
     """
     return ChunkedHead.apply(at_least_float32(hidden), head.weight, tokens, chunk_size)

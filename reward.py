@@ -9,15 +9,9 @@ right one: R = 1 if they agree, else 0. A problem of GSM8K (Cobbe et al. 2021) l
               Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
               #### 72
 
-One rule reads the right answer and the completion's. Its steps are functions below:
-
-    stated_answer   what stands after the last `####`, or in the last `\boxed{}`
-    plain           the same without notation: `**1{,}200**` is `1200`, `\text{(E)}` is `E`
-    number          its one number: there is one in `$1200 a day`, `x = 42` and `28%`, none in `42 or 43`
-    value           this number, or else the text in small letters; equal values agree
-
-A completion that marks no answer is read at its last number. Completions are hostile input: nothing in
-them is evaluated, and they are matched only against patterns that take linear time.
+The final answer stands after the last `####`, or in the last `\boxed{}`. Without either, the last number
+of the completion is taken. Answers agree if they are the same number or the same text, whatever their
+notation. Completions are hostile input: nothing in them is evaluated, and each pattern takes linear time.
 """
 
 import hashlib
@@ -37,7 +31,6 @@ import torch
 class Problem(NamedTuple):
     question: str
     answer: str
-    prompt: str = ""  # the question as the model is asked it; train.py fills it in
 
 
 class Task(NamedTuple):
@@ -50,93 +43,72 @@ class Task(NamedTuple):
 
 
 # --- Reading answers
-
-# Where an answer stands: in a box, after a label behind `####`, or at the last number.
+# Where an answer stands: on the line of the last ####, after words like "The answer is", or in a box.
+LABEL = r"[#*_\s]*(?:(?:the )?(?:final )?answer(?![a-z])(?: is\b)?[:*_$\s]*)?"
+MARKED = re.compile(rf"(?is).*####{LABEL}([^\n]*)(.*)")  # this line, and the text below it
 NESTED = r"[^{}]"
 for _ in range(4):
     NESTED = rf"(?:[^{{}}]|\{{{NESTED}*\}})"  # braces in braces, as in \frac{\sqrt{3}}{2}
 BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({NESTED}*)\}}")
-LABEL = re.compile(r"[#*_\s]*((the\s+)?(final\s+)?answer(?![a-z])(\s+is\b)?[:*_$\s]*)?", re.IGNORECASE)
 LAST_NUMBER = re.compile(r"(?<![^\s=])[^\s=]*[0-9][^\s=]*(?:(?<=[0-9]) [^\W\d]+)?")  # and the next word
 
 # How it may be written: a pattern, and what a plain answer has instead.
 COMMA = r"(?:,|\{,\}|,?\\[,;:! ]|[\u00a0\u2009\u202f])"  # what may stand between thousands
-UNIT = r"(?:%|°[CF]?|st|nd|rd|th|[kcdm]?m|k?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|h|hrs?|min|s|sec)"
+UNIT = r"(?:%|st|nd|rd|th|[kcdm]?m|k?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|h|hrs?|min|s|sec)"
 NOTATION = [
     (rf"(?<=[0-9])(?<![0-9]{{4}}){COMMA}(?=[0-9]{{3}}(?![0-9]))", ""),  # 1,200
-    (r"\\(?:(?:text|math)[a-z]{0,3}|mbox)\s*\{([^{}]*)\}", r"\1"),  # \text{E}, \mathbf{42}
-    (r"\\[()\[\]]|\\(?:left|right)(?![a-z])|</?[a-z]+>|\\[,;:! ]|~", " "),
-    (r"\[([^\[\],]*)\]", r"\1"),  # [E], not an interval
+    (r"\\[()\[\],;:! ]|\\(?:left|right)(?![a-z])|</?[a-z]+>|~|°|\^(?:\\circ|\{\\circ\})", " "),
+    (r"\\(?:(?:text|math)[a-z]{0,3}|mbox)\s*\{([^{}]*)\}|\[([^\[\],]*)\]", r"\1\2"),  # \text{E}, [E]
     (r"\\[dt]frac", r"\\frac"),
-    (r"\^\{?\\circ\}?", "°"),
-    (r"\\([$%])", r"\1"),
-    (r"-[$€£]|\u2212", "-"),  # -$5, and the typographer's minus
-    (r"(?<![0-9])[$€£*`]|[$€£*`](?![0-9])", " "),  # not the sign in 6*7
+    (r"\\%", "%"),
+    (r"-\\?[$€£]|\u2212", "-"),  # -$5, and the typographer's minus
+    (r"\\?(?<![0-9])[$€£*`]|[$€£*`](?![0-9])", " "),  # not the sign in 6*7
     (r"(?<=[A-Za-z]):", " : "),
     (r"\s+", " "),
-    (rf"([0-9] ?{UNIT}|[0-9] [a-z/]{{3,20}})(?: ?\^ ?\{{?-?)?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
+    (rf"([0-9] ?(?:{UNIT}|[a-z/]{{3,20}}))(?: ?\^)?\{{?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
 ]
 
-# What a number is: a word such as 42, 42cm or 42/day, what may lead to it, and a unit that may follow.
-DIGITS = r"[+-]?(?:[0-9]+|(?=\.[0-9]))(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,2})?"
-AMOUNT = re.compile(rf"({DIGITS})(?:{UNIT}(?:/[hs])?|/[a-z]{{2,}})?[,;]?")
-BEFORE = {":", "is", "are", "was", "has", "have", "costs", "about", "total"}
-AFTER = re.compile(  # but none of the words that make another number of it
-    r"(?!or\b|and an?\b|(?i:[ap]\.?m\b)|half|halves|thirds?\b|quarters?\b|squared|cubed)"
-    r"(?!dozen|hundred|thousand|[a-z]+illion)"
-    r"(?:[%°(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{2})"
-)
+# A number may have a unit, words before it and words after it, but none that make another number of it.
+DIGITS = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?"
+BEFORE = r"\D*(?::|\b(?i:is|are|was|has|have|costs|about|total)) "
+PART = r"or\b|and an?\b|(?i:[ap]\.?m\b)|hal[fv]|(?:third|quarter)s?\b|squared|cubed"
+MANY = r"dozen|hundred|thousand|[a-z]+illion"
+AFTER = rf" (?!{PART}|{MANY})(?:[%(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{{2}})\D*"
+NUMBER = re.compile(rf"(?:{BEFORE})?({DIGITS}){UNIT}?(?:/(?:[hs]|[a-z]{{2,}}))?[,;]?(?:{AFTER})?")
 
 
 def plain(text: str) -> str:
     r"""The text without notation: `**\$1{,}200**.` is `1200`, `\text{(E)}` is `E`, `42 cm^2` is `42 cm`."""
     for pattern, replacement in NOTATION:
         text = re.sub(pattern, replacement, text)
-    return text.strip().rstrip(" .,:;!?-_()\"'").lstrip(" ,:;!?_()\"'")
+    return text.rstrip(" .,:;!?-_()\"'").lstrip(" ,:;!?_()\"'")
 
 
 def number(answer: str) -> Decimal | None:
-    """The one number of a plain answer; None if there is none, or more, or one of over 40 characters."""
+    """The one number of a plain answer: 42 for `42 apples` and `x = 42`, None for `42 or 43`."""
     # Of an equation it is the right side that counts; "x = 3 or x = 4" is more than one.
     left, _, right = answer.rpartition("=")
     if re.search(r"[,;<>]|!$|\b(?:or|and)\b", left):
         return None
-
-    # One word has digits. It is a number, and the words around it leave it as it is.
-    words = re.findall(r"(?:^| )([^ ]*\d[^ ]*)", right)
-    if len(words) != 1:
-        return None
-    before, _, after = right.partition(words[0])
-    before, after = before.lower().split(), after.strip()
-    amount = AMOUNT.fullmatch(words[0])
-    if amount is None or len(amount[1]) > 40:
-        return None
-    if before and before[-1] not in BEFORE:
-        return None
-    if after and not AFTER.match(after):
-        return None
-    return Decimal(amount[1])
+    found = NUMBER.fullmatch(right.strip())
+    return Decimal(found[1]) if found else None
 
 
 def value(answer: str) -> Decimal | str:
     """What an answer says, for comparison: its number, or else its text in small letters."""
     boxes = BOX.findall(answer)
-    if len(boxes) == 1:
-        answer = boxes[0]
-    answer = plain(answer)
-    amount = number(answer)
-    return answer.casefold() if amount is None else amount
+    text = plain(boxes[0] if len(boxes) == 1 else answer)
+    amount = number(text)
+    return text.casefold() if amount is None else amount
 
 
 def stated_answer(text: str) -> str | None:
-    r"""The line after the last `####`, else the last `\boxed{}`; None if there is neither.
-
-    Words after `####`, with more text below them, are a heading: a box anywhere comes before them.
-    """
+    r"""The line after the last `####`, else the last `\boxed{}`. None if there is neither."""
     boxes = BOX.findall(text)
-    _, mark, after = text.rpartition("####")
-    if mark:
-        line, _, below = after[LABEL.match(after).end() :].partition("\n")
+    marked = MARKED.match(text)
+    if marked:
+        # Words with more text below them are a heading; a box anywhere comes before it.
+        line, below = marked.groups()
         is_heading = below.strip() and number(plain(line)) is None
         if not (boxes and is_heading):
             return line.strip()
@@ -145,13 +117,12 @@ def stated_answer(text: str) -> str | None:
 
 def answer_reward(problem: Problem, completion: str) -> float:
     """1.0 if the completion's final answer is the problem's, else 0.0."""
-    wanted = stated_answer(problem.answer)
-    if wanted is None:
-        wanted = problem.answer
+    wanted = value(stated_answer(problem.answer) or problem.answer)
     given = stated_answer(completion)
     if given is None:
-        given = (LAST_NUMBER.findall(plain(completion)) or [""])[-1]
-    return float(value(given) == value(wanted) != "")
+        numbers = LAST_NUMBER.findall(plain(completion))
+        given = numbers[-1] if numbers else ""
+    return float(value(given) == wanted and wanted != "")
 
 
 # --- Problems from files
@@ -159,16 +130,13 @@ def gold_answer(answer: str | float) -> str:
     """The final answer in a field `answer`. Raises ValueError if no completion can earn it."""
     if not isinstance(answer, str | int | float) or str(answer) in ("nan", "inf", "-inf"):
         raise ValueError("the answer is neither a text nor a finite number")
-    text = str(answer).strip()
-    text.encode()  # fails for half of a surrogate pair, which no tokenizer takes
 
     # A worked solution must mark its final answer.
-    final = stated_answer(text)
-    if final is None:
-        words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", text)  # \frac is none
-        if len(words) > 5 or "\n" in text:
-            raise ValueError("the answer is long: put #### before the final answer")
-        final = text
+    text = str(answer).strip()
+    final = stated_answer(text) or text
+    words = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", text)  # \frac is none
+    if final == text and (len(words) > 5 or "\n" in text):
+        raise ValueError("the answer is long: put #### before the final answer")
 
     # What the file says must earn 1, and the final answer in a box as well.
     for completion in (f"#### {text}", f"\\boxed{{{final}}}"):
@@ -180,14 +148,13 @@ def gold_answer(answer: str | float) -> str:
 def load_problems(path: str | Path) -> list[Problem]:
     r"""Read a JSONL file of questions and answers. Of equal questions the first is kept.
 
-    An answer is short, as `42`, `$42$`, `42 apples` or `Paris`, or it is a worked solution that has its
-    final answer after `####` or in a `\boxed{}`. Raises ValueError, naming file and line, if the file
-    cannot be read, if a line is not a problem, or if no completion can earn its answer.
+    An answer is short, as `42`, `$42$` or `Paris`, or a solution with `####` or a `\boxed{}` that marks it.
+    Raises ValueError, naming file and line, if a line is not a problem or no completion can earn its answer.
     """
-    expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
     with one_line_error(f"cannot read the data file {path}"):
         lines = Path(path).read_bytes().split(b"\n")
     problems = {}  # by question
+    expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
     for line_number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -197,7 +164,7 @@ def load_problems(path: str | Path) -> list[Problem]:
             question, answer = record["question"], record["answer"]
             if not isinstance(question, str) or not question.strip():
                 raise ValueError("the question is empty or no text")
-            question.encode()
+            f"{question}{answer}".encode()  # fails for half of a surrogate pair, which no tokenizer takes
             if question not in problems:
                 problems[question] = Problem(question, gold_answer(answer))
     if not problems:

@@ -1,8 +1,8 @@
 """Rollouts: sample completions at a temperature of their own, and score them under the same policy.
 
 SCOPE needs samples of a policy pi, and a few of pi^T(a | s) = softmax(z(s) / T). `generate` draws
-both in one call. `score` gives log pi(o_t | q, o_<t) and the entropy of pi(. | q, o_<t) of each token,
-at temperature 1, with a gradient. B samples lie in memory like this:
+both in one call. `score` gives each token's log pi(o_t | q, o_<t) and the entropy of its
+distribution, at temperature 1, with a gradient. B samples lie in memory like this:
 
     prompts          [P, L]   <pad> <pad>  prompt         each distinct prompt once
     completions      [B, C]   completion  <eos> <pad>     row i answers prompt owner[i]
@@ -29,13 +29,14 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from entropy import at_least_float32, entropy_of, log_policy, logprobs_and_entropies
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
-LOGITS_BUDGET = 12_000_000  # float32 logits held at a time in scoring: 48 MB, a few times that in all
+LOGITS_BUDGET = 12_000_000  # logits held at a time in scoring: 48 MB, a few times that in all
 # transformers 5.17 warns of argument names that it is about to change.
 warnings.filterwarnings("ignore", "`(past_key_values|(is_)?gradient_)", FutureWarning)
 
@@ -55,11 +56,6 @@ class Rollout:
     texts: list[str]  # B completions without special tokens
     seconds: float  # what sampling took
 
-    def lengths(self) -> Tensor:
-        """`[B]`: tokens of prompt and completion together."""
-        prompt_lengths = self.prompt_mask.sum(1)  # [P]
-        return prompt_lengths[self.owner] + self.completion_mask.sum(1)
-
 
 # --- Sampling
 class Sampler:
@@ -75,7 +71,7 @@ class Sampler:
         self.noted: list[Tensor] = []  # [2, b] for each token: log pi_old, H
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        # Draw. In float64 the sum of 151,936 probabilities is exact enough; Apple's GPUs have none.
+        # Draw. In float64 the sum of 151,936 probabilities is exact enough. Apple's GPUs have none.
         p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
         dtype = torch.float32 if p.device.type == "mps" else torch.float64
         cumulative = p.cumsum(-1, dtype=dtype)
@@ -102,7 +98,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str], device) -> tuple:
-    """Ids and mask `[P, L]` of the distinct prompts, padded on the left; whose each row is, `[B]`."""
+    """Ids and mask `[P, L]` of distinct prompts, padded on the left; whose each row is, `[B]`."""
     distinct = list(dict.fromkeys(prompts))
     numbers = {prompt: i for i, prompt in enumerate(distinct)}
     owner = torch.tensor([numbers[prompt] for prompt in prompts])
@@ -116,10 +112,10 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
     temperatures: Tensor, max_completion_length: int, uniforms: Tensor | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample one completion of each prompt: row i from softmax(z / temperatures[i]), and nothing else.
+    """Sample one completion of each prompt: row i from exactly softmax(z / temperatures[i]).
 
     Equal prompts are read once. The end token counts in max_completion_length. `uniforms` are the
-    random numbers in [0, 1), `[B, max_completion_length]`, which are drawn here by default. The same
+    random numbers in [0, 1), `[B, max_completion_length]`; by default they are drawn here. The same
     numbers give the same completions, however the rows are batched.
     """
     started = time.perf_counter()
@@ -132,8 +128,8 @@ def generate(
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     inputs, owner = tokenize(tokenizer, prompts, device)
 
-    # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's has
-    # temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
+    # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's
+    # has temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
     temperatures, uniforms = temperatures.to(device), uniforms.to(device)
     pad = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
@@ -151,8 +147,7 @@ def generate(
     mask = ends_before == 0
     counts = mask.sum(1)
     longest = int(counts.max())
-    completions = completions[:, :longest]
-    mask = mask[:, :longest]
+    completions, mask = completions[:, :longest], mask[:, :longest]
     logprobs, entropies = noted[:, :, :longest] * mask
 
     tokens = completions[mask].cpu().split(counts.tolist())
@@ -171,13 +166,9 @@ def generate(
 
 
 def decode(
-    model: PreTrainedModel,
-    inputs,
-    owner: Tensor,
-    temperatures: Tensor,
-    uniforms: Tensor,
+    model: PreTrainedModel, inputs, owner: Tensor, temperatures: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Continue prompt owner[i] in row i: token ids `[B, C]`, and what `Sampler` noted, `[2, B, C]`."""
+    """Continue prompt owner[i] in row i. Token ids `[B, C]`, and `Sampler`'s notes `[2, B, C]`."""
     B, C = uniforms.shape
     device, config = owner.device, model.generation_config
     ends = torch.tensor(config.eos_token_id, device=device)
@@ -238,8 +229,10 @@ class AutocastCache(DynamicCache):
 def empty_cache(model: PreTrainedModel) -> AutocastCache | None:
     """A new cache, or None where it does not hold each row by itself (a recurrent model's)."""
     cache = AutocastCache(config=model.config)
-    has_rows = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    return cache if has_rows and not model._is_stateful else None
+    with_rows = DynamicLayer, DynamicSlidingWindowLayer
+    if model._is_stateful or any(type(layer) not in with_rows for layer in cache.layers):
+        return None
+    return cache
 
 
 # --- Scoring
@@ -247,7 +240,7 @@ def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tenso
     """Log-probabilities and entropies (nats) of the completions `rows` `[n]`, at temperature 1.
 
     Both are `[n, C]`, in float32 or better, 0 outside `completion_mask`, and differentiable if grad
-    is enabled. A prompt is read once for all its completions among the rows, where that can be done.
+    is enabled. Where it can be, a prompt is read once for all its completions among the rows.
     """
     mask = samples.completion_mask[rows]  # [n, C]
     tokens = samples.completions[rows][mask]  # [N]
@@ -264,28 +257,23 @@ def score(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> tuple[Tenso
 
 
 def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
-    """`[N, D]` from prompt and completion in one row, turned so that all padding is on the right.
+    """`[N, D]` from prompt and completion in one row. A causal model needs no mask for that.
 
-    There a causal model does not look, so it needs no mask.
+    All padding is on the right, and there a causal model does not look.
     """
-    owner = samples.owner[rows]  # [n]
-    prompts, completions = samples.prompts[owner], samples.completions[rows]
-    ids = torch.cat([prompts, completions], 1)  # [n, L + C]
-    L, width = prompts.shape[1], ids.shape[1]
-    is_completion = F.pad(samples.completion_mask[rows], (L, 0))
-
-    # Turn each row by its own padding, and cut what is padding in all of them.
-    padding = L - samples.prompt_mask[owner].sum(1, keepdim=True)  # [n, 1]
-    longest = int(samples.lengths()[rows].max())
-    columns = torch.arange(longest, device=ids.device) + padding
-    columns = columns % width  # [n, longest]
-    ids = ids.gather(1, columns)
-    is_completion = is_completion.gather(1, columns)
+    ids, is_completion = [], []
+    for i in rows.tolist():
+        prompt = samples.prompts[samples.owner[i]]
+        prompt = prompt[samples.prompt_mask[samples.owner[i]] == 1]
+        completion = samples.completions[i][samples.completion_mask[i]]
+        ids.append(torch.cat([prompt, completion]))
+        is_completion.append(torch.arange(len(ids[-1])) >= len(prompt))
+    ids = pad_sequence(ids, batch_first=True)  # [n, longest]
+    is_completion = pad_sequence(is_completion, batch_first=True).to(ids.device)
 
     # The state before a token predicts it.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    before = hidden[:, :-1]
-    return before[is_completion[:, 1:]]
+    return hidden[:, :-1][is_completion[:, 1:]]
 
 
 def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
@@ -336,7 +324,10 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
 
 def micro_batches(model, samples: Rollout, rows: Tensor, size: int) -> tuple[Tensor, ...]:
     """Rows, `size` at a time, in an order that is cheap to score: by prompt, or by length."""
-    keys = samples.owner if can_share_prompts(model) else samples.lengths()  # [B]
+    keys = samples.owner  # [B]
+    if not can_share_prompts(model):
+        prompt_lengths = samples.prompt_mask.sum(1)  # [P]
+        keys = prompt_lengths[samples.owner] + samples.completion_mask.sum(1)
     order = keys[rows].argsort(stable=True)
     return rows[order].split(size)
 
@@ -346,7 +337,7 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
     """The model, on the GPU if there is one, and its tokenizer.
 
     Weights are float32, since updates of 1e-6 would be lost in bfloat16. With `bf16` the body runs
-    in bfloat16 (autocast) and with gradient checkpointing. The head does not: its logits of 16 to 32
+    in bfloat16 (autocast), with gradient checkpointing. The head does not: its logits of 16 to 32
     would be rounded to steps of 0.125. Dropout is off for good, or other policies would be sampled
     than the one scored; `model.train()` turns on gradient checkpointing and no more.
 
@@ -441,7 +432,7 @@ def room(model: PreTrainedModel) -> float:
     return min([length for length in lengths if length], default=math.inf)
 
 
-def format_prompts(tokenizer: PreTrainedTokenizerBase, questions: list[str], instruction: str) -> list[str]:
+def format_prompts(tokenizer, questions: list[str], instruction: str) -> list[str]:
     """Questions in the model's chat template, with thinking off, or as plain text without one.
 
     A special token in a question could end the turn, so it is spelt with spaces between.

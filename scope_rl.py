@@ -1,15 +1,15 @@
 """SCOPE-RL: group-relative policy optimisation whose entropy is held at a target.
 
 GRPO samples G completions of each prompt and reinforces those that beat their group. This lets the
-policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds a term of a few more completions. They are
-sampled at a temperature T, and only the rewarded ones count:
+policy's entropy H collapse. SCOPE (arXiv 2510.08141) adds a term of a few more completions. They
+are sampled at a temperature T, and only the rewarded ones count:
 
     J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
 
 The ratio r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) is at temperature 1, above and below the
 line, and clip keeps it in [1 - epsilon, 1 + epsilon]. Rewarded samples drawn hot are rarer tokens
 that turned out right, so reinforcing them raises the entropy. Drawn cold they lower it (theory/).
-So T is the knob, and `TemperatureRule` turns it: it heats when H is too low and cools when H is high.
+So T is the knob. `TemperatureRule` turns it: it heats when H is too low, and cools when H is high.
 
 Each sample is a row of one table. It says how the sample counts:
 
@@ -44,14 +44,11 @@ class Objective(NamedTuple):
 
     def rows(self, index: Tensor) -> "Objective":
         """The table of some of the samples."""
-        return Objective(
-            self.advantages[index],
-            self.weights[index],
-            self.entropy_coefs[index],
-        )
+        A, w, c = self
+        return Objective(A[index], w[index], c[index])
 
     def has_gradient(self) -> Tensor:
-        """`[B]` bool: false for a sample that J does not depend on, for want of advantage and bonus."""
+        """`[B]` bool: false for a sample that J does not depend on: no advantage and no bonus."""
         counts = (self.advantages != 0) | (self.entropy_coefs != 0)
         return counts & (self.weights != 0)
 
@@ -69,10 +66,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 
 
 def objective_table(
-    rewards: Tensor,
-    auxiliary_rewards: Tensor,
-    scope_alpha: float,
-    entropy_coef: float = 0.0,
+    rewards: Tensor, auxiliary_rewards: Tensor, scope_alpha: float, entropy_coef: float = 0.0
 ) -> Objective:
     """The table of a step: rewards `[P, G]` and `[M]` -> columns `[P * G + M]`; M may be 0.
 
@@ -98,18 +92,13 @@ def objective_table(
 
 
 def scope_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    entropies: Tensor,
-    mask: Tensor,
-    objective: Objective,
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    logprobs: Tensor, old_logprobs: Tensor, entropies: Tensor, mask: Tensor, objective: Objective,
+    epsilon: float = 0.2, epsilon_high: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of some samples (their part of -J), and how many tokens' gradients the clip removed.
 
     `[B, C]` are log pi, log pi_old, H in nats (it needs a gradient for the bonus), and the mask of
-    the completions' tokens. `objective` holds the rows of these samples. `epsilon_high` is the upper
+    the completions' tokens. `objective` has the rows of these samples. `epsilon_high` is the upper
     clip of DAPO's clip-higher; it is epsilon by default.
     """
     if epsilon_high is None:
@@ -148,8 +137,8 @@ class TemperatureRule:
     step, so it heats while the entropy still falls, and brakes before the target is reached.
     Nothing winds up, because the clipped T is all that is kept (theory/README.md, section 8).
 
-    Where T_max is not hot enough, a max_boost above 1 lets the rule go on with the term's weight: it
-    keeps a T above T_max, draws at T_max, and multiplies alpha by exp(BOOST_RATE (T - T_max)).
+    Where T_max is not hot enough, a max_boost above 1 lets the rule go on with the term's weight.
+    It keeps a T above T_max, draws at T_max, and multiplies alpha by exp(BOOST_RATE (T - T_max)).
     """
 
     target: float  # H0

@@ -2,7 +2,7 @@
 
 `train_step` is the whole algorithm. What it calls is explained in the other modules:
 
-    sample      rollout.generate             G completions a prompt at temperature 1, a few more at T
+    sample      rollout.generate             G completions a prompt at temperature 1, few more at T
     reward      reward.answer_reward         or the task's own
     objective   scope_rl.objective_table     how each completion counts
     update      rollout.score, scope_rl.scope_loss
@@ -50,14 +50,14 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
     """One step of SCOPE-RL. Returns its metrics, and a line for each of two completions."""
     config, model = run.config, run.model
     torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
-    T = run.rule.temperature  # set by the entropy of the last step; 1 in the first
+    T, alpha = run.rule.temperature, config.scope_alpha * run.rule.boost  # by the last entropy
 
     # 1. Sample G completions of each prompt at temperature 1, and M more at T, in one call.
     N, G, M = config.generation_batch_size, config.num_generations, config.num_auxiliary
     problems = problems_of_step(run)
     owner = torch.cat([torch.arange(N) // G, torch.arange(M) % (N // G)])  # whose  [N + M]
     asked = [problems[i] for i in owner.tolist()]
-    prompts = [problem.prompt for problem in asked]
+    prompts = [run.prompts[problem.question] for problem in asked]
     temperatures = torch.cat([torch.ones(N), torch.full((M,), T)])
     length = config.max_completion_length
     samples = run.generate(model.eval(), run.tokenizer, prompts, temperatures, length)
@@ -71,7 +71,6 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
 
     # 4. Write the objective as a table: the advantage and the weight of each completion.
     groups, auxiliary = rewards[:N].view(-1, G), rewards[N:]  # [P, G], [M]
-    alpha = config.scope_alpha * run.rule.boost
     table = run.objective_table(groups, auxiliary, alpha, config.entropy_coef)
 
     # 5. Take a gradient step on each mini-batch of prompts. Gradients of micro-batches add up.
@@ -83,11 +82,11 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
         in_batch = (owner % num_batches == m).to(model.device)
         rows = (in_batch & table.has_gradient()).nonzero()[:, 0]
         if len(rows) == 0:
-            continue  # in each group all rewards are equal, so there is nothing to learn
+            continue  # in each group all rewards are equal
         for micro in rollout.micro_batches(model.train(), samples, rows, size):
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, C]
-            old = samples.logprobs[micro]
-            part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], table.rows(micro), *clip)
+            old, weights = samples.logprobs[micro], table.rows(micro)
+            part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], weights, *clip)
             (part * num_batches).backward()  # the table's weights are shares of the whole step
             loss += part.detach()
             num_tokens += mask[micro].sum()
@@ -104,7 +103,7 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
     return metrics, examples(asked, samples, rewards, temperatures)
 
 
-def sample_metrics(samples: rollout.Rollout, groups: Tensor, auxiliary: Tensor) -> dict[str, float]:
+def sample_metrics(samples, groups: Tensor, auxiliary: Tensor) -> dict[str, float]:
     """Means over a step's ordinary completions, and the share of auxiliary ones that count.
 
     Of the other metrics, entropy is in nats a token, and of the policy before the update. The loss
@@ -123,21 +122,19 @@ def sample_metrics(samples: rollout.Rollout, groups: Tensor, auxiliary: Tensor) 
     }
 
 
-def examples(
-    asked: list[Problem], samples: rollout.Rollout, rewards: Tensor, temperatures: Tensor
-) -> list[str]:
+def examples(asked: list[Problem], samples, rewards: Tensor, temperatures: Tensor) -> list[str]:
     """The first and the last completion of a step, a line each."""
     lines = []
     for i in (0, -1):
-        drawn = f"T {temperatures[i]:.2f}, reward {rewards[i]:g}"
-        lines.append(f"{drawn}: {asked[i].question!r:.100} -> {samples.texts[i]!r:.400}")
+        shown = temperatures[i], rewards[i], asked[i].question, samples.texts[i]
+        lines.append("T {:.2f}, reward {:g}: {!r:.100} -> {!r:.400}".format(*shown))
     return lines
 
 
 def problems_of_step(run: "Run") -> list[Problem]:
     """The next P problems: passes over all of them, each in its own random order."""
-    count = run.config.generation_batch_size // run.config.num_generations
     problems, chosen = run.task.train, []
+    count = run.config.generation_batch_size // run.config.num_generations
     for place in range(run.problems_seen, run.problems_seen + count):
         number, i = divmod(place, len(problems))  # which pass it is, and where in it
         if i == 0 or not chosen:
@@ -187,7 +184,7 @@ def evaluate(run: "Run", name: str) -> None:
     for start in tqdm(range(0, len(asked), size), "evaluate", leave=False):
         rows = slice(start, start + size)
         batch = asked[rows]
-        prompts = [problem.prompt for problem in batch]
+        prompts = [run.prompts[problem.question] for problem in batch]
         ones = torch.ones(len(batch))
         samples = rollout.generate(model, run.tokenizer, prompts, ones, length, uniforms[rows])
         texts += samples.texts
@@ -196,14 +193,13 @@ def evaluate(run: "Run", name: str) -> None:
     # Measure each problem. A grade below 1 is not a right answer.
     num_right, distinct = [], []
     for start in range(0, len(asked), n):
-        own = slice(start, start + n)
-        num_right.append(rewards[own].count(1))
-        distinct.append(reward.distinct_correct(texts[own], rewards[own]))
+        own = texts[start : start + n], rewards[start : start + n]
+        num_right.append(own[1].count(1))
+        distinct.append(reward.distinct_correct(*own))
     means = {}
     for k in (1, 4, 16, 64, 256):
         if k <= n:
-            chances = [reward.pass_at_k(n, right, k) for right in num_right]
-            means[f"pass@{k}"] = mean(chances)
+            means[f"pass@{k}"] = mean([reward.pass_at_k(n, right, k) for right in num_right])
     means["distinct_correct"] = mean(distinct)
     shown = ", ".join(f"{key} {value:.3g}" for key, value in means.items())
     tqdm.write(f"{name}: {shown}")
@@ -329,43 +325,44 @@ class Config:
     scope_temperature_max: float = option(1.2, "upper clip of T", 1.75, 1.5, minimum=0.01)
     scope_gain: float = option(1.0, "temperature per nat", tiny=8.0)
     scope_integral_gain: float = option(0.0, "per nat and step; the paper has 0", 0.05, 0.4)
-    scope_max_boost: float = option(1.0, "largest factor of alpha where T is at its upper clip")
+    scope_max_boost: float = option(1.0, "largest factor of alpha while T is at T_max", minimum=1)
 
-    bf16: bool = option(True, "bfloat16 body, gradient checkpointing", False, False, group="machine")
+    bf16: bool = option(True, "body in bfloat16, with checkpointing", False, False, group="machine")
     per_device_train_batch_size: int = option(8, "completions in a forward pass", 36, 1024)
 
     def __post_init__(self) -> None:
+        # Each value by itself.
         problems = []
         for name, option in OPTIONS.items():
-            value, kind = getattr(self, name), option.type
-            kind = int | float if kind is float else kind
+            value = getattr(self, name)
+            kinds = typing.get_args(option.type) or (option.type,)
             choices = option.metadata.get("choices", [value])
-            least = option.metadata.get("minimum", 1 if kind is int else 0)
-            is_number = kind in (int, int | float)
-            if value == "" or not isinstance(value, kind) or value not in choices:
+            least = option.metadata.get("minimum", 1 if int in kinds else 0)
+            if float in kinds:
+                kinds = (int, *kinds)
+            if value == "" or type(value) not in kinds or value not in choices:
                 problems.append(f"{name} cannot be {value!r}")
-            elif is_number and not least <= value <= 1e9:
+            elif type(value) in (int, float) and not least <= value <= 1e9:
                 problems.append(f"{name} must be from {least} to 1e9")
         if problems:
             raise ValueError("; ".join(problems))
+
+        # What does not go together.
         num_prompts = self.generation_batch_size / self.num_generations
         has_file = self.train_file or self.test_file
-        if num_prompts % 1 > 0:
-            problems.append("generation_batch_size must be a multiple of num_generations")
-        if self.num_mini_batches > num_prompts:
-            problems.append("num_mini_batches is more than a step's prompts")
-        if self.epsilon >= 1:
-            problems.append("epsilon must be below 1")
-        if self.epsilon_high is not None and not 0 <= self.epsilon_high <= 1e9:
-            problems.append("epsilon_high must be 0 or more")
-        if self.scope_max_boost < 1:
-            problems.append("scope_max_boost must be 1 or more")
-        if self.scope_temperature_min > self.scope_temperature_max:
-            problems.append("scope_temperature_min is above scope_temperature_max")
-        if has_file and self.task != "gsm8k":
-            problems.append("train_file and test_file need --task gsm8k")
-        if has_file and self.model == START:
-            problems.append("train_file needs --model, as the model of tiny reads no words")
+        wrong = {
+            "generation_batch_size must be a multiple of num_generations": num_prompts % 1 > 0,
+            "num_mini_batches is more than a step's prompts": self.num_mini_batches > num_prompts,
+            "epsilon must be below 1": self.epsilon >= 1,
+            "scope_temperature_min is above scope_temperature_max": (
+                self.scope_temperature_min > self.scope_temperature_max
+            ),
+            "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
+            "train_file needs --model, as the model of tiny reads no words": (
+                has_file and self.model == START
+            ),
+        }
+        problems = [problem for problem, is_there in wrong.items() if is_there]
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -390,6 +387,7 @@ class Run:
     tokenizer: transformers.PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     rule: scope_rl.TemperatureRule
+    prompts: dict[str, str]  # what the model is asked, by question
     output: Path  # its folder
     generate: Callable = rollout.generate
     objective_table: Callable = scope_rl.objective_table
@@ -418,8 +416,8 @@ def set_up(config: Config) -> Run:
 
     is_cuda = model.device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=is_cuda)
-    run = Run(config, task, model, tokenizer, optimizer, rule_of(config), output)
-    give_prompts(run)
+    prompts = prompts_of(config, task, model, tokenizer)
+    run = Run(config, task, model, tokenizer, optimizer, rule_of(config), prompts, output)
 
     output.mkdir(parents=True, exist_ok=True)
     run.lock = filelock.FileLock(output / "lock", timeout=0)
@@ -456,27 +454,30 @@ def load_task(config: Config) -> Task:
         sys.path.insert(0, str(path.parent))  # it may import modules beside it
         with one_line_error(f"the task {path} fails"):
             task = runpy.run_path(str(path))["task"](config)
-            if not task.train or not questions_of(task):
+            if not task.train or not problems_of(task):
                 raise ValueError("it has no problems to train on")
     return task._replace(test=task.test[: config.num_eval_problems])
 
 
-def give_prompts(run: Run) -> None:
-    """Give each problem its prompt. Raises ValueError for what this model cannot be asked."""
-    config, tokenizer = run.config, run.tokenizer
-    questions = questions_of(run.task)
+def problems_of(task: Task) -> list[list[str]]:
+    """Question and answer of all problems, by which a resumed run knows its data."""
+    return [[problem.question, str(problem.answer)] for problem in task.train + task.test]
+
+
+def prompts_of(config: Config, task: Task, model, tokenizer) -> dict[str, str]:
+    """The prompt of each question. Raises ValueError for what this model cannot be asked."""
+    questions = [problem.question for problem in task.train + task.test]
+    instruction = config.instruction or task.instruction
     with one_line_error("a question, or the model's chat template, cannot be used"):
-        instruction = config.instruction or run.task.instruction
         prompts = rollout.format_prompts(tokenizer, questions, instruction)
         ids = tokenizer(prompts, add_special_tokens=False).input_ids
-    set_prompts(run, prompts)
 
     # The tokenizer must tell questions from each other, and fit the model.
-    num_read = len({tuple(row) for row in ids})
     lengths = [len(row) for row in ids]
-    if min(lengths) == 0 or num_read == 1 < len(set(questions)):
+    is_deaf = all(row == ids[0] for row in ids) and len(set(questions)) > 1
+    if min(lengths) == 0 or is_deaf:
         raise ValueError(f"questions are empty or the same to {config.model}: check its tokenizer")
-    V = run.model.get_input_embeddings().num_embeddings
+    V = model.get_input_embeddings().num_embeddings
     largest = max(max(row) for row in ids)
     if largest >= V:
         raise ValueError(f"the tokenizer has a token {largest}, but {config.model} only {V}")
@@ -484,24 +485,12 @@ def give_prompts(run: Run) -> None:
         raise ValueError(f"scope_target_entropy must be below log {V}, the largest entropy")
 
     # The model must have room for the longest prompt and its completion.
-    longest, room = max(lengths), rollout.room(run.model)
+    longest, room = max(lengths), rollout.room(model)
     if longest + config.max_completion_length > room:
         question = questions[lengths.index(longest)]
         needed = f"{longest} prompt tokens + max_completion_length exceed {room}"
         raise ValueError(f"{needed}: {question!r:.60}")
-
-
-def questions_of(task: Task) -> list[str]:
-    """The questions, those to train on first."""
-    return [problem.question for problem in task.train + task.test]
-
-
-def set_prompts(run: Run, prompts: list[str]) -> None:
-    """Put prompts into the problems, in the order of their questions."""
-    prompts = iter(prompts)
-    train = [problem._replace(prompt=next(prompts)) for problem in run.task.train]
-    test = [problem._replace(prompt=next(prompts)) for problem in run.task.test]
-    run.task = run.task._replace(train=train, test=test)
+    return dict(zip(questions, prompts, strict=True))
 
 
 # --- Files
@@ -531,9 +520,8 @@ def save_checkpoint(run: Run) -> None:
         "step": run.step,
         "problems_seen": run.problems_seen,
         "evaluations": run.evaluations,
-        # The questions, and how they are asked: a chat template may hold the date.
-        "questions": questions_of(run.task),
-        "prompts": [problem.prompt for problem in run.task.train + run.task.test],
+        "problems": problems_of(run.task),
+        "prompts": run.prompts,  # a chat template may hold the date
     }
     write_whole(run.output / "checkpoint.pt", content)
 
@@ -548,12 +536,12 @@ def load_checkpoint(run: Run) -> None:
     if path.exists():
         with one_line_error(f"cannot resume from {path}"):
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if content["questions"] != questions_of(run.task):
-                raise ValueError("other questions, or another num_eval_problems, than at its start")
-            set_prompts(run, content["prompts"])
+            if content["problems"] != problems_of(run.task):
+                raise ValueError("other problems, or another num_eval_problems, than at its start")
             run.model.load_state_dict(content["model"])
             run.optimizer.load_state_dict(content["optimizer"])
             run.rule.load_state_dict(content["rule"])
+            run.prompts.update(content["prompts"])
             run.step, run.problems_seen = content["step"], content["problems_seen"]
             run.evaluations = content["evaluations"]
             if len(lines) < run.step:
@@ -642,7 +630,8 @@ def main(argv: list[str] = ()) -> None:
     config, parameters = run.config, run.model.num_parameters()
     task, megabytes = Path(config.task).stem, 16 * parameters / 1e6
     print(f"preset {config.preset}: {config.algorithm} on {task}, into {run.output}")
-    print(f"{parameters:,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    print(f"{parameters:,} parameters on {run.model.device}")
+    print(f"{len(run.task.train)} problems to train on, and {len(run.task.test)} to evaluate on")
     print(f"needs {megabytes:,.0f} MB of disk, and nearly as much again while it saves")
     resume = f"to go on: python train.py --resume --output_dir {shlex.quote(str(run.output))}"
     try:

@@ -359,7 +359,7 @@ def test_an_evaluation_is_pass_at_k_of_each_problem(arguments, monkeypatch):
     """Batches that cut through the problems' samples; known rights and wrongs; grades below 1 are no right answers."""
     one = set_up(arguments, "--generation_batch_size 8")
     drawn = zip(one.task.test, ("..--", ".a--", "bacb"), strict=True)
-    scripts = {problem.prompt: iter(texts) for problem, texts in drawn}
+    scripts = {one.prompts[problem.question]: iter(texts) for problem, texts in drawn}
     generate, grades, made = rollout.generate, {".": 0.0, "-": 0.5}, []
 
     def scripted(model, tokenizer, prompts, temperatures, *more):
@@ -554,7 +554,7 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0
 
 
-def test_a_run_is_not_resumed_on_other_questions_or_to_fewer_steps(arguments, tmp_path):
+def test_a_run_is_not_resumed_on_other_problems_or_to_fewer_steps(arguments, tmp_path):
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(40)]
     data.write_text("".join(lines))
@@ -564,7 +564,7 @@ def test_a_run_is_not_resumed_on_other_questions_or_to_fewer_steps(arguments, tm
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert re.match("error: 2 steps are done", go(arguments, f"{more} --resume --max_steps 1"))
     data.write_text("".join(["\n", '{"question": "1+2=", "answer": 3}\n', *lines]))
-    assert re.match("error: cannot resume .* other questions", go(arguments, f"{more} --resume"))
+    assert re.match("error: cannot resume .* other problems", go(arguments, f"{more} --resume"))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
     data.write_text("".join(lines))
     assert go(arguments, f"{more} --resume") is None

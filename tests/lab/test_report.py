@@ -45,6 +45,25 @@ def test_welch_does_not_pair():
     assert intervals.welch([1.0, 2.0, 3.0], [4.0, 2.0, 0.0]) == "+0.00 ± 4.16"
 
 
+def test_strata_have_means_of_their_own_and_one_variance():
+    # By hand: squares of 2 and 8 over 2 degrees of freedom make a variance of 5, of the mean 5 / 4; t is 4.303.
+    mean, half = intervals.stratified([[1.0, 3.0], [10.0, 14.0]])
+    assert (mean, half) == (7.0, pytest.approx(4.3027 * math.sqrt(5 / 4), rel=1e-4))
+
+
+def test_the_top_of_a_parabola_and_its_interval():
+    """Exact points of two heights; noisy ones agree with a fit that has a column for each group."""
+    x, rng = np.array([0.1, 0.2, 0.4, 0.5]), np.random.default_rng(0)
+    exact = [list(zip(x, height - 2 * (x - 0.3) ** 2, strict=True)) for height in (0.0, 5.0)]
+    assert intervals.parabola_top(exact) == pytest.approx(0.3)
+    groups = [[(X, y + rng.normal(0, 0.01)) for X, y in exact[i % 2][: 4 - i % 2]] for i in range(6)]
+    design = [[X**2, X, *np.eye(6)[i]] for i, group in enumerate(groups) for X, _ in group]
+    a, b, *_ = np.linalg.lstsq(design, [y for group in groups for _, y in group], rcond=None)[0]
+    assert intervals.parabola_top(groups) == pytest.approx(-b / (2 * a))
+    values = [0.1, 0.5, 0.9, 0.2]  # of a mean the jackknife's interval is Student's
+    assert intervals.jackknife(np.mean, values) == pytest.approx(intervals.interval(values))
+
+
 def rows_for(monkeypatch, tmp_path, rows: list[dict]) -> None:
     usual = {"scope_temperature": 1.2, "target": 0.4, "steps": 350, "reward": 0.9, "distinct_correct": 9.0}
     usual |= {"entropy": 0.3, "entropies": [0.0] * 28 + [0.3] * 7}
@@ -93,6 +112,32 @@ def test_pages_are_filled_between_their_markers(two_labels, monkeypatch):
     assert report.filled(page) == report.filled(filled) == filled
     with pytest.raises(KeyError):
         report.filled("<!-- table of nothing --><!-- end -->")
+
+
+def test_the_numbers_of_strata_and_of_a_top_take_the_rows_of_their_labels(tmp_path, monkeypatch):
+    """Warm starts lead by .1 and .5 with a spread of 0; every seed has its height, and the top is at .3."""
+    monkeypatch.setitem(experiments.EXPERIMENTS, "three", {"A": "a", "B": "b", "C": "c"})
+    rows = []
+    for seed in range(4):
+        for options, H in (("a", 0.1), ("b", 0.2), ("c", 0.5)):
+            own = {"pass@1": 0.2 * seed - (H - 0.3) ** 2, "reward": (0.1, 0.5)[seed % 2] * (options == "b")}
+            rows.append(own | {"options": options, "seed": seed, "entropy": H})
+    rows_for(monkeypatch, tmp_path, rows)
+    assert report.number("three", "B minus A", "reward") == "+0.30 ± 0.37"
+    page = (
+        "<!-- strata three; B minus A; reward --><!-- end --> <!-- top three; pass@1; A; B; C --><!-- end -->"
+    )
+    assert [part.partition("<")[0] for part in report.filled(page).split("-->")[1::2]] == ["+0.300", "0.300"]
+
+
+def test_the_error_over_other_windows(tmp_path, monkeypatch):
+    # By hand, for a target of 0.4: the last 30 steps are a tenth off, the 40 before them a fifth, all else exact.
+    course = [0.4] * 28 + [0.48] * 4 + [0.36] * 3
+    options = experiments.EXPERIMENTS["control"]["SCOPE, H0 0.4"]
+    rows_for(monkeypatch, tmp_path, [{"options": options, "seed": 0, "entropies": course}])
+    shown = "| SCOPE, H0 0.4 | 0.100 | 0.140 | 0.157 | 0.110 | 0.079 | 0.065 |"
+    assert report.windows().splitlines()[2:] == [shown]
+    assert experiments.error(course, 0.4) == pytest.approx(1.1 / 7)
 
 
 def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):

@@ -175,14 +175,14 @@ FOLDERS = [  # what is edited, what is added to the command line, and what the e
     (nothing, "--model no/such/folder", "no/such/folder"), (nothing, "--seed 1", "keeps its seed"),
     (nothing, "--algorithm grpo", "keeps its algorithm"), (nothing, "--preset laptop", "keeps its preset"),
     (nothing, "--instruction Hm", "keeps its instruction"), (nothing, "--max_steps 3", "4 steps are done.*--max_steps"),
-    (nothing, "--task gsm8k --train_file {home}/data.jsonl", "other questions"),
+    (nothing, "--task gsm8k --train_file {home}/data.jsonl", "other problems"),
     # the checkpoint
     (rewritten("checkpoint.pt", lambda content: content[:-1]), "", "checkpoint.pt"), (rewritten("checkpoint.pt", b""), "", "checkpoint.pt"),
     (rewritten("checkpoint.pt", lambda content: content[: len(content) // 2]), "", "checkpoint.pt"), (folder_for("checkpoint.pt"), "", "checkpoint.pt"),
     (rewritten("checkpoint.pt", b"PK" + bytes(10**4)), "", "checkpoint.pt"),
     (checkpoint([1, 2]), "", "checkpoint.pt"), (checkpoint(torch.nn.Linear(2, 2)), "", "checkpoint.pt"),  # a pickle of a class, whose code must not run
     (checkpoint({"step": "four"}), "", "checkpoint.pt"), (checkpoint({"step": 5}), "", "metrics.jsonl is shorter"), (checkpoint({"model": {}}), "", "checkpoint.pt"),
-    (checkpoint({"questions": []}), "", "other questions"), (checkpoint({"prompts": ["a"]}), "", "checkpoint.pt"), (checkpoint({"optimizer": 3}), "", "checkpoint.pt"),
+    (checkpoint({"problems": []}), "", "other problems"), (checkpoint({"prompts": ["a"]}), "", "checkpoint.pt"), (checkpoint({"optimizer": 3}), "", "checkpoint.pt"),
     (without("checkpoint.pt"), "", None),  # from the start
     # the other files
     (rewritten("metrics.jsonl", lambda content: content[:-100]), "", "is shorter"), (without("metrics.jsonl"), "", "is shorter"),

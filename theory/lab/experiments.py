@@ -327,7 +327,7 @@ def one_run(job: tuple[str, int]) -> dict:
 def answers_of(run: train.Run, count: int = 8) -> dict:
     """Answers to the first test question, which has the same random numbers every time; rewards."""
     length, asked = run.config.max_completion_length, run.task.test[:1] * count
-    prompts, T = [problem.prompt for problem in asked], torch.ones(count)
+    prompts, T = [run.prompts[problem.question] for problem in asked], torch.ones(count)
     uniforms = torch.rand(count, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     samples = rollout.generate(run.model.eval(), run.tokenizer, prompts, T, length, uniforms)
     rewards = train.grade(run.task, asked, samples).tolist()

@@ -5,6 +5,7 @@ where the values are the steps of one run, which resemble their neighbours.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -45,12 +46,47 @@ def newey_west(values: list[float], lags: int | None = None) -> float:
 
 
 def show(values: list[float], sign: str = "") -> str:
-    """`mean ± half of the interval`, to two digits of that, but at most four decimals."""
-    mean, half = interval(values)
+    """`mean ± half of the interval`, see `plus_minus`."""
+    return plus_minus(*interval(values), sign)
+
+
+def plus_minus(mean: float, half: float, sign: str = "") -> str:
+    """`mean ± half`, to two digits of half, but at most four decimals."""
     if math.isnan(half) or half < 1e-9:
         return f"{mean:{sign}.3f}"
     digits = min(4, max(0, 1 - math.floor(math.log10(half))))
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+def stratified(groups: list[list[float]]) -> tuple[float, float]:
+    """Mean of the groups' means, and half of its interval. Groups differ in their means, not in variance."""
+    sizes = [len(group) for group in groups]
+    freedom = sum(sizes) - len(groups)
+    variance = sum(n * np.var(group) for n, group in zip(sizes, groups, strict=True)) / freedom
+    error = math.sqrt(variance * sum(1 / n for n in sizes)) / len(groups)
+    return float(np.mean([np.mean(group) for group in groups])), student_t(freedom) * error
+
+
+def parabola_top(groups: list[list[tuple[float, float]]]) -> float:
+    """The x where the parabola that fits points (x, y) best is highest, or lowest where it opens upwards.
+
+    Each group of points has a height of its own. Subtracting the group's means leaves y = b x + a x^2.
+    """
+    centred = []
+    for points in groups:
+        x, y = np.array(points).T
+        columns = np.stack([x, x**2, y], axis=1)
+        centred.append(columns - columns.mean(axis=0))
+    table = np.concatenate(centred)
+    b, a = np.linalg.lstsq(table[:, :2], table[:, 2], rcond=None)[0]
+    return float(-b / (2 * a))
+
+
+def jackknife(statistic: Callable[[list], float], groups: list) -> tuple[float, float]:
+    """A statistic of groups, and half of its interval, from how it changes when one group is left out."""
+    n = len(groups)
+    without = [statistic(groups[:i] + groups[i + 1 :]) for i in range(n)]
+    return statistic(groups), student_t(n - 1) * math.sqrt(n - 1) * float(np.std(without))
 
 
 def welch(values: list[float], others: list[float]) -> str:

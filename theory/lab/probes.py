@@ -84,7 +84,7 @@ def set_up(rest: list[str], resumed: Path | None = None, algorithm: str | None =
 def draw(run: train.Run, problems: list[Problem], count: int, T: float) -> tuple[rollout.Rollout, Tensor]:
     """`count` samples at temperature T, going round the problems, and their rewards."""
     asked = [problems[i % len(problems)] for i in range(count)]
-    prompts, temperatures = [problem.prompt for problem in asked], torch.full((count,), T)
+    prompts, temperatures = [run.prompts[problem.question] for problem in asked], torch.full((count,), T)
     length = run.config.max_completion_length
     samples = rollout.generate(run.model.eval(), run.tokenizer, prompts, temperatures, length)
     return samples, train.grade(run.task, asked, samples)

@@ -5,6 +5,8 @@ Writes tables.md, the folder figures/, and what stands on the pages of this proj
     <!-- table NAME -->  and  <!-- end -->        one of TABLES
     <!-- number EXPERIMENT; LABEL; COLUMN -->     mean ± half of a 95% interval over the seeds
     <!-- number EXPERIMENT; LABEL minus LABEL; COLUMN -->        of the differences, seed by seed
+    <!-- strata EXPERIMENT; LABEL minus LABEL; COLUMN -->        the same, the warm starts as strata
+    <!-- top EXPERIMENT; COLUMN; LABEL; LABEL; ... -->   the entropy where a parabola of the column is highest
 
 Below, `cells` is label -> seed -> row, a row being what experiments.py keeps of one run. Differences
 are taken seed by seed first, as two runs of one seed share warm start, problems and their order.
@@ -21,12 +23,12 @@ import numpy as np
 import experiments
 import pretrained
 import probes
-from intervals import as_code, interval, markdown, show
+from intervals import as_code, interval, jackknife, markdown, parabola_top, plus_minus, show, stratified
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "theory").glob("*.md")), *sorted(FOLDER.glob("*.md"))]
-MARKED = re.compile(r"<!-- (table|number) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
+MARKED = re.compile(r"<!-- (table|number|strata|top) (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 Cells = dict[str, dict[int, dict]]
 TARGETS = experiments.TARGETS
 SCOPE = [f"SCOPE, H0 {H}" for H in TARGETS]
@@ -81,6 +83,26 @@ def number(experiment: str, label: str, column: str) -> str:
 def gains(cell: dict[int, dict], base: dict[int, dict], column: str) -> list[float]:
     """Differences of a column, for the seeds that both have."""
     return [cell[seed][column] - base[seed][column] for seed in sorted(cell.keys() & base.keys())]
+
+
+def strata(experiment: str, label: str, column: str) -> str:
+    """As `number` of "LABEL minus LABEL", where each of the two warm starts has a mean of its own."""
+    cells = cells_of(experiment)
+    label, _, other = label.partition(" minus ")
+    groups = []
+    for start in (0, 1):
+        cell = {seed: row for seed, row in cells[label].items() if seed % 2 == start}
+        groups.append(gains(cell, cells[other], column))
+    return plus_minus(*stratified(groups), "+")
+
+
+def top(experiment: str, column: str, *labels: str) -> str:
+    """The entropy where a parabola of the column is highest; runs of one seed share a height."""
+    cells, points = cells_of(experiment), {}
+    for label in labels:
+        for seed, row in cells[label].items():
+            points.setdefault(seed, []).append((row["entropy"], row[column]))
+    return plus_minus(*jackknife(parabola_top, list(points.values())))
 
 
 # --- Tables of any experiment
@@ -204,6 +226,19 @@ def predicted_rest(points: list[tuple[float, float]], H0: float) -> float:
     return float(H[np.abs(1 + H0 - H - balance).argmin()])
 
 
+def windows() -> str:
+    """The error of SCOPE over the last 30 to 170 steps. Everywhere else it is taken over the last 70."""
+    lengths = (3, 5, 7, 10, 14, 17)  # in parts of ten steps
+    rows = []
+    for label, cell in some("control", [*SCOPE, "SCOPE, positional, H0 0.5"]).items():
+        shown = [label]
+        for length in lengths:
+            relative = [np.divide(row["entropies"][-length:], row["target"]) for row in cell.values()]
+            shown.append(show([float(np.abs(course - 1).mean()) for course in relative]))
+        rows.append(shown)
+    return markdown(["error over the last", *(f"{10 * length} steps" for length in lengths)], rows)
+
+
 # --- Rules at the three targets
 def rivals() -> str:
     """A row a rule: how soon, how close, how low at each target, and what SCOPE has beyond it."""
@@ -301,6 +336,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gains": gain_grid,
     "decides": what_decides,
     "moving": moving,
+    "windows": windows,
     "tuning": lambda: means("tuning", cells_of("tuning"), TUNED),
     **{name: functools.partial(tested, name) for name in TESTS},
     "pretrained": pretrained.comparison,
@@ -312,13 +348,16 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+NUMBERS: dict[str, Callable[..., str]] = {"number": number, "strata": strata, "top": top}
+
+
 # --- Pages
 def filled(text: str) -> str:
     """A page with what stands between its markers made anew. Raises KeyError for what is not known."""
 
     def fill(match: re.Match) -> str:
         kind, name, _ = match.groups()
-        content = f"\n{TABLES[name]()}" if kind == "table" else number(*name.split("; "))
+        content = f"\n{TABLES[name]()}" if kind == "table" else NUMBERS[kind](*name.split("; "))
         return f"<!-- {kind} {name} -->{content}<!-- end -->"
 
     return MARKED.sub(fill, text)

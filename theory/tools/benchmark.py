@@ -138,7 +138,8 @@ def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
             bf16=config.bf16, gradient_checkpointing=config.bf16, report_to="none", logging_steps=1,
             use_cpu=ours.run.model.device.type == "cpu", disable_tqdm=True,
         )  # fmt: skip
-        data = datasets.Dataset.from_list([{"prompt": problem.prompt} for problem in ours.run.task.train])
+        asked = [{"prompt": prompt} for prompt in ours.run.prompts.values()]
+        data = datasets.Dataset.from_list(asked)
         trainer = trl.GRPOTrainer(config.model, every_other, arguments, data, callbacks=[Turns()])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()

@@ -46,10 +46,7 @@ class Task(NamedTuple):
 # Where an answer stands: on the line of the last ####, after words like "The answer is", or in a box.
 LABEL = r"[#*_\s]*(?:(?:the )?(?:final )?answer(?![a-z])(?: is\b)?[:*_$\s]*)?"
 MARKED = re.compile(rf"(?is).*####{LABEL}([^\n]*)(.*)")  # this line, and the text below it
-NESTED = r"[^{}]"
-for _ in range(4):
-    NESTED = rf"(?:[^{{}}]|\{{{NESTED}*\}})"  # braces in braces, as in \frac{\sqrt{3}}{2}
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*\{{({NESTED}*)\}}")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
 LAST_NUMBER = re.compile(r"(?<![^\s=])[^\s=]*[0-9][^\s=]*(?:(?<=[0-9]) [^\W\d]+)?")  # and the next word
 
 # How it may be written: a pattern, and what a plain answer has instead.
@@ -58,22 +55,20 @@ UNIT = r"(?:%|st|nd|rd|th|[kcdm]?m|k?g|m?[lL]|lbs?|oz|ft|in|yd|mi|mph|h|hrs?|min
 NOTATION = [
     (rf"(?<=[0-9])(?<![0-9]{{4}}){COMMA}(?=[0-9]{{3}}(?![0-9]))", ""),  # 1,200
     (r"\\[()\[\],;:! ]|\\(?:left|right)(?![a-z])|</?[a-z]+>|~|°|\^(?:\\circ|\{\\circ\})", " "),
-    (r"\\(?:(?:text|math)[a-z]{0,3}|mbox)\s*\{([^{}]*)\}|\[([^\[\],]*)\]", r"\1\2"),  # \text{E}, [E]
-    (r"\\[dt]frac", r"\\frac"),
-    (r"\\%", "%"),
-    (r"-\\?[$€£]|\u2212", "-"),  # -$5, and the typographer's minus
-    (r"\\?(?<![0-9])[$€£*`]|[$€£*`](?![0-9])", " "),  # not the sign in 6*7
+    (r"\\(?:(?:text|math)[a-z]{0,3}|[mf]box|boxed)\s*\{([^{}]*)\}|\[([^\[\],]*)\]", r"\1\2"),  # [E]
+    (r"\\[dt]?(frac)|\\([$%])", r"\1\2"),  # \dfrac is \frac is frac
+    (r"-[$€£]|\u2212", "-"),  # -$5, and the typographer's minus
+    (r"(?<![0-9])[$€£*`]|[$€£*`](?![0-9])", " "),  # not the sign in 6*7
     (r"(?<=[A-Za-z]):", " : "),
     (r"\s+", " "),
     (rf"([0-9] ?(?:{UNIT}|[a-z/]{{3,20}}))(?: ?\^)?\{{?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
 ]
 
-# A number may have a unit, words before it and words after it, but none that make another number of it.
+# A number may have a unit, words before it and words after it, but none that make it another number.
 DIGITS = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?"
 BEFORE = r"\D*(?::|\b(?i:is|are|was|has|have|costs|about|total)) "
-PART = r"or\b|and an?\b|(?i:[ap]\.?m\b)|hal[fv]|(?:third|quarter)s?\b|squared|cubed"
-MANY = r"dozen|hundred|thousand|[a-z]+illion"
-AFTER = rf" (?!{PART}|{MANY})(?:[%(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{{2}})\D*"
+OTHER = r"or\b|and an?\b|(?i:[ap]\.?m\b)|hal[fv]|third|quarter|squared|cubed|dozen|hundred|thousand|\w+illion"
+AFTER = rf" (?!{OTHER})(?:[%(]|[aghlmsACFJKLNVW]\b|[^\W\d_]{{2}})\D*"
 NUMBER = re.compile(rf"(?:{BEFORE})?({DIGITS}){UNIT}?(?:/(?:[hs]|[a-z]{{2,}}))?[,;]?(?:{AFTER})?")
 
 
@@ -84,34 +79,28 @@ def plain(text: str) -> str:
     return text.rstrip(" .,:;!?-_()\"'").lstrip(" ,:;!?_()\"'")
 
 
-def number(answer: str) -> Decimal | None:
-    """The one number of a plain answer: 42 for `42 apples` and `x = 42`, None for `42 or 43`."""
-    # Of an equation it is the right side that counts; "x = 3 or x = 4" is more than one.
-    left, _, right = answer.rpartition("=")
-    if re.search(r"[,;<>]|!$|\b(?:or|and)\b", left):
-        return None
-    found = NUMBER.fullmatch(right.strip())
-    return Decimal(found[1]) if found else None
-
-
 def value(answer: str) -> Decimal | str:
-    """What an answer says, for comparison: its number, or else its text in small letters."""
-    boxes = BOX.findall(answer)
-    text = plain(boxes[0] if len(boxes) == 1 else answer)
-    amount = number(text)
-    return text.casefold() if amount is None else amount
+    """An answer's one number, as in `x = 42` and `$42 a day`, or else its text in small letters."""
+    text = plain(answer)
+
+    # Of an equation it is the right side that counts; "x = 3 or x = 4" is more than one number.
+    left, _, right = text.rpartition("=")
+    several = re.search(r"[,;<>]|!$|\b(?:or|and)\b", left)
+    found = NUMBER.fullmatch(right.strip())
+    return Decimal(found[1]) if found and not several else text.casefold()
 
 
 def stated_answer(text: str) -> str | None:
-    r"""The line after the last `####`, else the last `\boxed{}`. None if there is neither."""
+    r"""What stands after the last `####`, or else in the last `\boxed{}`. None if there is neither."""
     boxes = BOX.findall(text)
     marked = MARKED.match(text)
     if marked:
         # Words with more text below them are a heading; a box anywhere comes before it.
         line, below = marked.groups()
-        is_heading = below.strip() and number(plain(line)) is None
+        is_heading = below.strip() and isinstance(value(line), str)
         if not (boxes and is_heading):
-            return line.strip()
+            inside = BOX.findall(line)
+            return inside[0] if len(inside) == 1 else line.strip()
     return boxes[-1] if boxes else None
 
 
@@ -151,20 +140,20 @@ def load_problems(path: str | Path) -> list[Problem]:
     An answer is short, as `42`, `$42$` or `Paris`, or a solution with `####` or a `\boxed{}` that marks it.
     Raises ValueError, naming file and line, if a line is not a problem or no completion can earn its answer.
     """
+    expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
     with one_line_error(f"cannot read the data file {path}"):
         lines = Path(path).read_bytes().split(b"\n")
     problems = {}  # by question
-    expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
-    for line_number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         shown = line[:60].decode(errors="replace")
-        with one_line_error(f"{path}, line {line_number}: {expected}, got {shown!r}"):
+        with one_line_error(f"{path}, line {number}: {expected}, got {shown!r}"):
             record = json.loads(line)
             question, answer = record["question"], record["answer"]
             if not isinstance(question, str) or not question.strip():
                 raise ValueError("the question is empty or no text")
-            f"{question}{answer}".encode()  # fails for half of a surrogate pair, which no tokenizer takes
+            (question + str(answer)).encode()  # fails for half a surrogate pair, which no tokenizer takes
             if question not in problems:
                 problems[question] = Problem(question, gold_answer(answer))
     if not problems:
@@ -182,10 +171,7 @@ SHA256 = {
 
 
 def download(split: str) -> Path:
-    """The file "train" or "test" of GSM8K (MIT licence), downloaded if it is missing or damaged.
-
-    It is kept in $SCOPE_RL_CACHE or ~/.cache/scope_rl. Raises ValueError if it cannot be had.
-    """
+    """The "train" or "test" file of GSM8K, downloaded to $SCOPE_RL_CACHE or ~/.cache/scope_rl if need be."""
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[split]:
@@ -196,17 +182,14 @@ def download(split: str) -> Path:
 
 
 def gsm8k_task(train_file: str | None = None, test_file: str | None = None) -> Task:
-    """GSM8K, or files of one's own that are like it.
-
-    Of a train file without a test file the last tenth is held out for evaluation. A question that stands
-    in both files is evaluated, not trained on. Raises ValueError if nothing is left to train on.
-    """
+    """GSM8K, or files like it. Raises ValueError if no problem is left to train on."""
     train = load_problems(train_file or download("train"))
-    if test_file or not train_file:
-        test = load_problems(test_file or download("test"))
+    if train_file and not test_file:
+        test = train[-math.ceil(len(train) / 10) :]  # the last tenth is held out
     else:
-        test = train[-math.ceil(len(train) / 10) :]
+        test = load_problems(test_file or download("test"))
 
+    # A question that stands in both files is evaluated, not trained on.
     evaluated = {problem.question for problem in test}
     train = [problem for problem in train if problem.question not in evaluated]
     if not train:
@@ -223,8 +206,7 @@ def reward_of(task: Task, problem: Problem, completion: str) -> float:
     """The task's reward, checked. Raises RewardError, which names the completion and the question."""
     with one_line_error(f"the reward of {completion!r:.80} for {problem.question!r:.80}", RewardError):
         reward = task.reward(problem, completion)
-        is_number = hasattr(reward, "__float__")  # also a bool, or a tensor of one element
-        if not is_number or not 0 <= float(reward) <= 1:
+        if not hasattr(reward, "__float__") or not 0 <= float(reward) <= 1:
             raise ValueError(f"{reward!r:.80} is not a number from 0 to 1")
         return float(reward)
 

@@ -84,10 +84,12 @@ class Sampler:
         # Note what the policy says of it at temperature 1, whatever T it was drawn at.
         log_p = log_policy(logits)  # [b, V]
         token_logprobs = log_p.gather(1, tokens)[:, 0]
-        self.noted.append(torch.stack([token_logprobs, entropy_of(log_p)]))
+        note = torch.stack([token_logprobs, entropy_of(log_p)])  # [2, b]
+        self.noted.append(note)
 
         # Leave only this token for the greedy choice of `generate`.
-        return torch.full_like(logits, -torch.inf).scatter(1, tokens, 0.0)
+        nothing = torch.full_like(logits, -torch.inf)
+        return nothing.scatter(1, tokens, 0.0)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -204,7 +206,8 @@ def decode(
 
         # Those that have ended leave the batch and the cache.
         goes_on = ~torch.isin(new, ends).any(1)  # [b]
-        rows, sequences = rows[goes_on], sequences[goes_on]
+        rows = rows[goes_on]
+        sequences = sequences[goes_on]
         mask = F.pad(mask[goes_on], (0, n), value=1)
         if cache is not None and not goes_on.all():
             cache.batch_select_indices(goes_on)
@@ -263,8 +266,8 @@ def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor)
     """
     ids, is_completion = [], []
     for i in rows.tolist():
-        prompt = samples.prompts[samples.owner[i]]
-        prompt = prompt[samples.prompt_mask[samples.owner[i]] == 1]
+        number = samples.owner[i]
+        prompt = samples.prompts[number][samples.prompt_mask[number] == 1]
         completion = samples.completions[i][samples.completion_mask[i]]
         ids.append(torch.cat([prompt, completion]))
         is_completion.append(torch.arange(len(ids[-1])) >= len(prompt))
@@ -273,7 +276,8 @@ def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor)
 
     # The state before a token predicts it.
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return hidden[:, :-1][is_completion[:, 1:]]
+    before = hidden[:, :-1]
+    return before[is_completion[:, 1:]]
 
 
 def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: Tensor) -> Tensor:
@@ -302,7 +306,8 @@ def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: 
     last = prompts[owner, -1:]  # [n, 1]
     completions = samples.completions[rows, : c - 1]
     ids = torch.cat([last, completions], 1)  # [n, c]
-    mask = F.pad(mask[owner], (0, c - 1), value=1)  # [n, L + c - 1]
+    mask = mask[owner]
+    mask = F.pad(mask, (0, c - 1), value=1)  # [n, L + c - 1]
     offsets = torch.arange(c, device=ids.device)
     positions = positions[owner, -1:] + offsets
     output = body(ids, attention_mask=mask, position_ids=positions, **options)
@@ -404,14 +409,16 @@ def check_sampled_is_scored(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     """Sample from prompts of two lengths, and compare the log p that is noted with `score`.
 
     They part where the model is not causal, minds padding, has dropout, or changes its logits after
-    the output head (a soft cap, a scale, a bias). Raises ValueError then.
+    the output head (a soft cap, a scale, a bias). Raises ValueError then. Samples at a temperature
+    of 2 have unlikely tokens, too.
     """
     if model.base_model is model:
         raise ValueError("its body and its output head cannot be told apart: choose another model")
     prompts = ["1+2=", "12+34+56+78="] * 4
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(8, 16, generator=generator, dtype=torch.float64)
-    samples = generate(model.eval(), tokenizer, prompts, torch.ones(8), 16, uniforms)
+    temperatures = torch.full((8,), 2.0)
+    samples = generate(model.eval(), tokenizer, prompts, temperatures, 16, uniforms)
     rows = torch.arange(8, device=model.device)
     logprobs, _ = score(model.train(), samples, rows)
     distance = (logprobs - samples.logprobs).abs().max().item()

@@ -46,7 +46,7 @@ WARMUP_STEPS = 10  # in which the learning rate rises
 MAX_GRAD_NORM = 1.0  # longer gradients are scaled down to this norm
 
 
-def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
+def train_step(run: "Run") -> tuple[dict, list[str]]:
     """One step of SCOPE-RL. Returns its metrics, and a line for each of two completions."""
     config, model = run.config, run.model
     torch.manual_seed(config.seed * 1_000_003 + run.step)  # a resumed run draws the same numbers
@@ -103,7 +103,7 @@ def train_step(run: "Run") -> tuple[dict[str, float], list[str]]:
     return metrics, examples(asked, samples, rewards, temperatures)
 
 
-def sample_metrics(samples, groups: Tensor, auxiliary: Tensor) -> dict[str, float]:
+def sample_metrics(samples, groups: Tensor, auxiliary: Tensor) -> dict:
     """Means over a step's ordinary completions, and the share of auxiliary ones that count.
 
     Of the other metrics, entropy is in nats a token, and of the policy before the update. The loss
@@ -126,8 +126,9 @@ def examples(asked: list[Problem], samples, rewards: Tensor, temperatures: Tenso
     """The first and the last completion of a step, a line each."""
     lines = []
     for i in (0, -1):
-        shown = temperatures[i], rewards[i], asked[i].question, samples.texts[i]
-        lines.append("T {:.2f}, reward {:g}: {!r:.100} -> {!r:.400}".format(*shown))
+        question, text = asked[i].question, samples.texts[i]
+        drawn = f"T {temperatures[i]:.2f}, reward {rewards[i]:g}"
+        lines.append(f"{drawn}: {question!r:.100} -> {text!r:.400}")
     return lines
 
 
@@ -155,7 +156,8 @@ def grade(task: Task, problems: list[Problem], samples: rollout.Rollout) -> Tens
 def gradient_step(run: "Run") -> float:
     """Move the weights by the gradient that is there. Returns its norm before it was clipped."""
     warm_up = min(1.0, (run.step + 1) / WARMUP_STEPS)
-    run.optimizer.param_groups[0]["lr"] = run.config.learning_rate * warm_up
+    group = run.optimizer.param_groups[0]
+    group["lr"] = run.config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -193,16 +195,17 @@ def evaluate(run: "Run", name: str) -> None:
     # Measure each problem. A grade below 1 is not a right answer.
     num_right, distinct = [], []
     for start in range(0, len(asked), n):
-        own = texts[start : start + n], rewards[start : start + n]
-        num_right.append(own[1].count(1))
-        distinct.append(reward.distinct_correct(*own))
+        own = slice(start, start + n)
+        num_right.append(rewards[own].count(1))
+        distinct.append(reward.distinct_correct(texts[own], rewards[own]))
     means = {}
     for k in (1, 4, 16, 64, 256):
         if k <= n:
-            means[f"pass@{k}"] = mean([reward.pass_at_k(n, right, k) for right in num_right])
+            chances = [reward.pass_at_k(n, right, k) for right in num_right]
+            means[f"pass@{k}"] = mean(chances)
     means["distinct_correct"] = mean(distinct)
-    shown = ", ".join(f"{key} {value:.3g}" for key, value in means.items())
-    tqdm.write(f"{name}: {shown}")
+    shown = [f"{key} {value:.3g}" for key, value in means.items()]
+    tqdm.write(f"{name}: {', '.join(shown)}")
     run.evaluations[name] = means | {"num_right": num_right}
     write_whole(run.output / "eval.json", run.evaluations)
 
@@ -267,9 +270,9 @@ def reason(steps: deque) -> str:
 # The machine room: options, set-up, files, command line. There is no algorithm from here on.
 # ------------------------------------------------------------------------------------------------
 THEORY = Path(__file__).parent / "theory"
-COUNTDOWN = str(THEORY / "tiny" / "countdown.py")
-BETWEEN = str(THEORY / "tiny" / "between.py")
-START = str(THEORY / "tiny" / "start-0")
+COUNTDOWN = f"{THEORY}/tiny/countdown.py"
+BETWEEN = f"{THEORY}/tiny/between.py"
+START = f"{THEORY}/tiny/start-0"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = "qwen3-0.6b", "laptop", "tiny"
 BAR = "{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -406,7 +409,8 @@ def set_up(config: Config) -> Run:
     names = "config.json", "metrics.jsonl", "checkpoint.pt", "model"
     found = [name for name in names if (output / name).exists()]
     if found and not config.resume:
-        raise ValueError(f"{output} holds {', '.join(found)}: add --resume, or take another folder")
+        held = ", ".join(found)
+        raise ValueError(f"{output} holds {held}: add --resume, or take another folder")
     is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     if not is_name and not Path(config.model).is_dir():
         raise ValueError(f"there is no folder {config.model}, and no model has such a name")
@@ -461,7 +465,10 @@ def load_task(config: Config) -> Task:
 
 def problems_of(task: Task) -> list[list[str]]:
     """Question and answer of all problems, by which a resumed run knows its data."""
-    return [[problem.question, str(problem.answer)] for problem in task.train + task.test]
+    pairs = []
+    for problem in task.train + task.test:
+        pairs.append([problem.question, str(problem.answer)])
+    return pairs
 
 
 def prompts_of(config: Config, task: Task, model, tokenizer) -> dict[str, str]:
@@ -474,8 +481,8 @@ def prompts_of(config: Config, task: Task, model, tokenizer) -> dict[str, str]:
 
     # The tokenizer must tell questions from each other, and fit the model.
     lengths = [len(row) for row in ids]
-    is_deaf = all(row == ids[0] for row in ids) and len(set(questions)) > 1
-    if min(lengths) == 0 or is_deaf:
+    is_deaf = all(row == ids[0] for row in ids)
+    if min(lengths) == 0 or (is_deaf and len(set(questions)) > 1):
         raise ValueError(f"questions are empty or the same to {config.model}: check its tokenizer")
     V = model.get_input_embeddings().num_embeddings
     largest = max(max(row) for row in ids)
@@ -528,11 +535,12 @@ def save_checkpoint(run: Run) -> None:
 
 def load_checkpoint(run: Run) -> None:
     """Restore what `save_checkpoint` saved, if it did. ValueError for a damaged or foreign file."""
-    path, metrics = run.output / "checkpoint.pt", run.output / "metrics.jsonl"
+    path = run.output / "checkpoint.pt"
+    metrics = run.output / "metrics.jsonl"
     lines = []
     if metrics.exists():
-        whole, end, _ = metrics.read_bytes().rpartition(b"\n")  # a line may be cut by a kill
-        lines = (whole + end).splitlines(keepends=True)
+        every = metrics.read_bytes().splitlines(keepends=True)
+        lines = [line for line in every if line.endswith(b"\n")]  # a kill may have cut the last
     if path.exists():
         with one_line_error(f"cannot resume from {path}"):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -568,19 +576,22 @@ def parse_config(argv: list[str]) -> Config:
             if given.get(name, values.get(name)) != values.get(name):
                 raise ValueError(f"a resumed run keeps its {name}: start another one for that")
     else:
-        without_gpu = "laptop" if "model" in given else "tiny"
-        preset = given.get("preset", "qwen3-0.6b" if torch.cuda.is_available() else without_gpu)
+        preset = "laptop" if "model" in given else "tiny"
+        if torch.cuda.is_available():
+            preset = "qwen3-0.6b"
+        preset = given.get("preset", preset)
         values = {}
         for name, option in OPTIONS.items():
             values[name] = option.metadata["presets"][preset]
         algorithm = given.get("algorithm", "scope")
         folder = time.strftime(f"outputs/{preset}-{algorithm}-%Y%m%d-%H%M%S")
         values |= {"preset": preset, "output_dir": folder}
+    values |= given
     ignored = [name for name in given if name.startswith("scope_")]
-    if ignored and (values | given)["algorithm"] == "grpo":
+    if ignored and values["algorithm"] == "grpo":
         raise ValueError(f"{', '.join(ignored)} without effect on --algorithm grpo")
     try:
-        return Config(**values | given)
+        return Config(**values)
     except TypeError as error:
         raise ValueError(f"config.json does not fit: {error}") from None
 
@@ -607,8 +618,10 @@ def parse_options(argv: list[str]) -> dict:
         if kind is bool:
             settings = {"type": string_to_bool, "nargs": "?", "const": True}
         values = [str(value) for value in more["presets"].values()]
-        values = values[:1] if len(set(values)) == 1 else values
-        shown = ", ".join(values).replace(f"{THEORY.parent}/", "")
+        if len(set(values)) == 1:
+            values = values[:1]
+        shown = ", ".join(values)
+        shown = shown.replace(f"{THEORY.parent}/", "")
         text = f"{more['help']} [{shown}]"
         group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **settings)
     return vars(parser.parse_args(argv))
@@ -628,10 +641,10 @@ def main(argv: list[str] = ()) -> None:
 
     stop_at_signals(run)
     config, parameters = run.config, run.model.num_parameters()
-    task, megabytes = Path(config.task).stem, 16 * parameters / 1e6
+    task = Path(config.task).stem
+    megabytes = 16 * parameters / 1e6
     print(f"preset {config.preset}: {config.algorithm} on {task}, into {run.output}")
-    print(f"{parameters:,} parameters on {run.model.device}")
-    print(f"{len(run.task.train)} problems to train on, and {len(run.task.test)} to evaluate on")
+    print(f"{parameters:,} parameters on {run.model.device}, {len(run.task.train)} problems")
     print(f"needs {megabytes:,.0f} MB of disk, and nearly as much again while it saves")
     resume = f"to go on: python train.py --resume --output_dir {shlex.quote(str(run.output))}"
     try:

@@ -100,8 +100,7 @@ def test_numbers_are_those_that_float_reads():
             in_latex = text.rstrip(".").replace(",", "{,}") + " \\text{ cm}^2"
             for completion in (f"#### {text}", f"\\boxed{{{in_latex}}}", f"so it is {text}"):
                 assert answer_reward(Problem("?", str(gold)), completion) == wanted, (completion, gold)
-    assert reward.number("1" * 40) == int("1" * 40)  # exact, and bounded
-    assert reward.number("1" * 41) is None
+    assert reward.value("1" * 4000) == int("1" * 4000)  # exact
 
 
 HOSTILE = [

@@ -1,13 +1,12 @@
-"""First-order entropy changes of a tabular softmax policy, in closed form; see theory/README.md.
+"""How a gradient step changes the entropy of a softmax policy, in closed form: theory/README.md.
 
-One state, logits z, policy p = softmax(z), x = log p, H = -sum_a p_a x_a. A gradient step of size
-eta moves the logits by eta v, and to first order in eta the entropy answers with
+With logits z, p = softmax(z), x = log p and H = -sum_a p_a x_a, a step eta v of the logits gives
 
-    dH = -eta * sum_a g_a v_a,        g = p * (x + H),        gbar = sum_a p_a g_a >= 0.
+    dH = -eta * sum_a g_a v_a,        g = p * (x + H),        gbar = sum_a p_a g_a >= 0
 
-Changes are in nats per unit of eta; use float64. `z` and `w` are `[..., V]` logits and non-negative
+to first order. Changes are in nats per unit of eta; use float64. `z` and `w` are `[..., V]` logits and
 weights (1 for a rewarded token and 0 for another, or graded; not all 0). `T` is a number or `[...]`
-above zero; torch.inf gives the limit of ever hotter sampling (section 4). Results are `[...]`.
+above zero; torch.inf gives the limit of ever hotter sampling. Results are `[...]`.
 """
 
 import torch
@@ -58,56 +57,32 @@ def dh_negative(z, w, T):
 
 
 def dh_objective(z, w, T):
-    """-E_{p_T}[w (g - gbar)]: SCOPE's term as written, averaged over all samples (section 6)."""
+    """dH(T) = -E_{p_T}[w (g - gbar)]: all samples drawn at T, each weighted by w (section 6)."""
     g, gbar = sensitivity(z)
     return -expectation(log_policy(z, T).exp(), w * (g - gbar[..., None]))
 
 
 def dh_objective_dt(z, w, T):
-    """Its temperature derivative, Cov_{p_T}(w (g - gbar), x) / T^2 (section 6)."""
+    """d dH / dT = Cov_{p_T}(w (g - gbar), x) / T^2, for weights that T does not change (section 6)."""
     g, gbar = sensitivity(z)
     f = w * (g - gbar[..., None])
     return covariance(log_policy(z, T).exp(), f, log_policy(z)) / T**2
 
 
-def reward_std(z, w, T):
-    """sqrt(P (1 - P)), P = E_{p_T}[w], of rewards of 0 and 1: GRPO divides by it (section 7)."""
-    P = expectation(log_policy(z, T).exp(), w)
-    return (P * (1 - P)).sqrt()
+def advantages(z, w, T):
+    """GRPO's (w - P) / sqrt(P (1 - P)), P = E_{p_T}[w], `[..., V]`; w is 0 or 1 (section 7)."""
+    P = expectation(log_policy(z, T).exp(), w)[..., None]
+    return (w - P) / (P * (1 - P)).sqrt()
 
 
-def dh_normalised(z, w, T):
-    """sqrt(P (1 - P)) dH+: the rewarded samples, weighted by GRPO's advantage (section 7)."""
-    return reward_std(z, w, T) * dh_positive(z, w, T)
-
-
-def dh_group(z, w, T):
-    """-Cov_{p_T}(w, g) / sqrt(P (1 - P)): GRPO on a whole group drawn at T (section 7)."""
-    g, _ = sensitivity(z)
-    return -covariance(log_policy(z, T).exp(), w, g) / reward_std(z, w, T)
-
-
-def crossing_temperature(z, w, low=1e-3, high=1e6):
+def crossing_temperature(z, w):
     """Where dH+ crosses zero, by bisection; 0 if never negative, inf if always (section 4)."""
-    a = torch.full(z.shape[:-1], low, dtype=z.dtype).log()
-    b = torch.full_like(a, high).log()
-    cold = dh_positive(z, w, a.exp()) < 0
-    hot = dh_positive(z, w, b.exp()) >= 0
+    low = torch.full(z.shape[:-1], 1e-3, dtype=z.dtype)
+    high = torch.full_like(low, 1e6)
     for _ in range(100):
-        middle = (a + b) / 2
-        below = dh_positive(z, w, middle.exp()) < 0
-        a = torch.where(below, middle, a)
-        b = torch.where(below, b, middle)
-    return torch.where(cold, torch.where(hot, b.exp(), torch.inf), 0.0)
-
-
-def entropy_bound(lengths):
-    """The lambda with sum_i exp(-lambda L_i) = 1, `[..., N]` lengths -> `[...]` (section 9).
-
-    It is the most entropy a token, in nats, of a policy that gives only right answers.
-    """
-    bound = torch.zeros(lengths.shape[:-1], dtype=lengths.dtype)
-    for _ in range(30):  # Newton's method
-        log_q = torch.log_softmax(-bound[..., None] * lengths, dim=-1)
-        bound = entropy_of(log_q) / expectation(log_q.exp(), lengths)
-    return bound
+        middle = (low * high).sqrt()
+        negative = dh_positive(z, w, middle) < 0
+        low = torch.where(negative, middle, low)
+        high = torch.where(negative, high, middle)
+    high = torch.where(high == 1e6, torch.inf, high)
+    return torch.where(low == 1e-3, 0.0, high)

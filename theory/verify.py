@@ -6,9 +6,6 @@ below 1e-7. The last table has statements that are false. Exits with 1 if one of
 """
 
 import argparse
-import math
-import sys
-from collections import defaultdict
 
 import torch
 
@@ -24,9 +21,8 @@ def random_policies(count):
     Logits spread by 0.1 to 10, 0 to 100% of the tokens rewarded (half with grades), T 0.05 to 20.
     """
     sizes = (2 * 500 ** torch.linspace(0, 1, 50)).round()
-    shares = sizes**-0.5 / (sizes**-0.5).sum()  # fewer of the large
-    for V, share in zip(sizes.int().tolist(), shares.tolist(), strict=True):
-        B = math.ceil(count * share)
+    batches = (count * sizes**-0.5 / (sizes**-0.5).sum()).ceil()  # fewer of the large
+    for V, B in torch.stack([sizes, batches], 1).int().tolist():
         spread = 10 ** (2 * torch.rand(B, 1) - 1)
         w = (torch.rand(B, V) < torch.rand(B, 1)).double()
         w[:, 0] = 1.0  # one at least; which one makes no difference, as the logits are in no order
@@ -41,15 +37,15 @@ def hard_policies(count):
         yield z.round(), w, T  # ties
         yield 10 * z, w, T  # very peaked
         yield z**3, w, T  # very peaked, with long tails
-        rarity = torch.softmax(-2 * torch.rand(len(z), 1) * z, -1)
-        yield z, w * rarity / rarity.amax(-1, keepdim=True), T  # the rarer, the better
+        log_rarity = -2 * torch.rand(len(z), 1) * z
+        yield z, w * (log_rarity - log_rarity.amax(-1, keepdim=True)).exp(), T  # the rarer, the better
 
 
 def correlation(q, f, h):
     """Corr_q(f, h) `[B]`, and whether both f and h vary by more than rounding."""
     sd_f = cf.covariance(q, f, f).sqrt()
     sd_h = cf.covariance(q, h, h).sqrt()
-    return cf.covariance(q, f, h) / (sd_f * sd_h), (sd_f > TINY) & (sd_h > TINY)
+    return cf.covariance(q, f, h) / (sd_f * sd_h), torch.minimum(sd_f, sd_h) > TINY
 
 
 def statements(z, w, T):
@@ -60,14 +56,14 @@ def statements(z, w, T):
     # Sections 1, 3 and 5: Corr_q(g, x) has the sign of dH+'.
     alike, varies = correlation(p, p, x)
     yield "gbar > 0", alike * gbar.sign(), varies
-    pull = cf.expectation(q, g)
     rise, varies = correlation(q, g, x)
+    pull = cf.expectation(q, g)
     yield "dH+ < 0  =>  dH+' > 0", rise, varies & (pull > gbar + TINY)
     yield "E_q[g] > 0  =>  dH+' > 0, dH-' < 0", rise, varies & (pull > TINY)
 
     # Section 6: Corr_{p_T}(f, x) has the sign of dH', and `between` is positive for u_0 < u < E_{p_T}[u].
     above = g - gbar[:, None]
-    dh = -cf.expectation(p_T, w * above)
+    dh = cf.dh_objective(z, w, T)
     slope, f_varies = correlation(p_T, w * above, x)
     falls = f_varies & (dh < -TINY)
     yield "T >= 1: dH < 0  =>  dH' > 0", slope, falls & (T >= 1)
@@ -90,57 +86,54 @@ def statements(z, w, T):
     yield "* hot limit < 0  =>  dH+ < 0 at every T", -curve.amax(0), curve[-1] < -TINY
     lengths = torch.randint(1, 20, p[::20].shape)
     per_token = entropy_of(x[::20]) / cf.expectation(p[::20], lengths)
-    spare = cf.entropy_bound(lengths.double()) - per_token
-    yield "* full reward: entropy a token <= lambda", spare + TINY, lengths[:, 0] > 0
-
-
-def with_slope(f, z, w, T):
-    """f(z, w, T) and its derivative by T, both `[B]`, by autograd."""
-    T = T.clone().requires_grad_()
-    value = f(z, w, T)
-    return value.detach(), torch.autograd.grad(value.sum(), T)[0]
+    spare = torch.logsumexp(-per_token[:, None] * lengths, -1)  # above 0 below lambda
+    yield "* full reward: entropy a token <= lambda", spare + TINY, spare == spare
 
 
 def non_theorems(z, w, T):
     """What is false: as `statements`. The margins of the first five rows are derivatives."""
-    dh, slope = with_slope(cf.dh_objective, z, w, T)
-    yield "* T < 1: dH < 0  =>  dH' > 0", slope + TINY, (dh < -TINY) & (T < 1)
-    binary = ((w == 0) | (w == 1)).all(-1) & (cf.reward_std(z, w, T) ** 2 > TINY)
-    for name, f in ("GRPO's weights", cf.dh_normalised), ("whole group", cf.dh_group):
-        dh, slope = with_slope(f, z, w, T)
-        falls = binary & (dh < -TINY)
-        yield f"* {name}, T < 1: dH < 0  =>  dH' > 0", slope + TINY, falls & (T < 1)
-        yield f"* {name}, T >= 1: dH < 0  =>  dH' > 0", slope + TINY, falls & (T >= 1)
-
-    q, (g, gbar) = cf.sampled(z, w, T), cf.sensitivity(z)
+    q, p_T, (g, gbar) = cf.sampled(z, w, T), log_policy(z, T).exp(), cf.sensitivity(z)
+    P = cf.expectation(p_T, w)
+    binary = (w == w.round()).all(-1) & (P * (1 - P) > TINY)
+    hot = T.clone().requires_grad_()
+    A = cf.advantages(z, w, hot)
+    for name, weights, applies in (
+        ("T < 1", w, T < 1),
+        ("GRPO's weights, T < 1", w * A, binary & (T < 1)),
+        ("GRPO's weights, T >= 1", w * A, binary & (T >= 1)),
+        ("whole group, T < 1", A, binary & (T < 1)),
+        ("whole group, T >= 1", A, binary & (T >= 1)),
+    ):
+        dh = cf.dh_objective(z, weights, hot)
+        (slope,) = torch.autograd.grad(dh.sum(), hot, retain_graph=True)
+        yield f"* {name}: dH < 0  =>  dH' > 0", slope + TINY, applies & (dh < -TINY)
+    pull = cf.expectation(q, g)
     rise, varies = correlation(q, g, log_policy(z))
-    yield "dH+ >= 0  =>  dH+' > 0", rise, varies & (cf.expectation(q, g) <= gbar)
-    yield "E_q[g] <= 0  =>  dH+' > 0", rise, varies & (cf.expectation(q, g) <= 0)
+    yield "dH+ >= 0  =>  dH+' > 0", rise, varies & (pull <= gbar)
+    yield "E_q[g] <= 0  =>  dH+' > 0", rise, varies & (pull <= 0)
 
 
 def table(title, statements, policies):
     """Print a row for each statement, and return the number of failures."""
-    margins = defaultdict(list)
+    margins = {}
     for batch in policies:
         for name, margin, applies in statements(*batch):
-            margins[name].append(margin[applies])
-
+            margins.setdefault(name, []).append(margin[applies])
     print(f"{title:<45} {'cases':>9} {'failures':>8} {'rate':>6} {'worst':>8}")
-    failures = 0
+    total = 0
     for name, parts in margins.items():
         margin = torch.cat(parts)
-        failed = ~(margin > 0)  # a NaN fails too
-        rate = failed.double().mean()
-        worst = min(margin.tolist(), default=math.nan)
-        print(f"{name:<45} {len(margin):>9,} {failed.sum():>8,} {rate:>6.1%} {worst:>8.1e}")
-        failures += int(failed.sum())
+        failures = len(margin) - int((margin > 0).sum())  # a NaN fails too
+        worst = min(margin.tolist(), default=0.0)
+        rate = failures / max(1, len(margin))
+        print(f"{name:<45} {len(margin):>9,} {failures:>8,} {rate:>6.1%} {worst:>8.1e}")
+        total += failures
     print()
-    return failures
+    return total
 
 
-def main():
-    """Print the tables; 1 if something that is proved fails."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1_000_000, help="random policies")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -150,8 +143,4 @@ def main():
     failures += table("proved, on hard cases", statements, hard_policies(args.cases // 10))
     table("not a theorem", non_theorems, random_policies(args.cases // 5))
     print(f"{args.cases:,} policies, seed {args.seed}: {failures:,} failures of what is proved")
-    return int(failures > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(failures > 0)

@@ -173,5 +173,6 @@ class TemperatureRule:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
-        """Put back what `state_dict` returned."""
-        vars(self).update(state)
+        """Put back what `state_dict` returned. Raises KeyError if something is missing."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])

@@ -11,6 +11,11 @@
 Below it stand `evaluate` and `train`, the run around the step. The rest is the machine room.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in these long imports just ends it
+
 import argparse
 import json
 import logging
@@ -19,7 +24,6 @@ import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 import time
 import typing
@@ -679,4 +683,5 @@ def stop_at_signals(run: Run) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(sys.argv[1:])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -22,8 +23,7 @@ ANSWERS = [
     # The mark, the box, the last number, and which of them counts.
     ("42", r"#### 42|####42|####  42  |#### 42.|#### 42,|##### 42|####⏎42|#### 1⏎#### 42|#### 42⏎and 43|#### 42⏎Thanks!|42|so it is 42|it is 42.|41 or 42", r"|####|#### |#### 41|#### 42⏎#### |#### 1⏎####|no number|41 or 43|42 = 43|it is 42, in 3 steps"),
     ("42", r"\boxed{42}|\boxed{ 42 }|\boxed {42}|\fbox{42}|\boxed{41} no, \boxed{42}|$\boxed{42}$.|\boxed{42} in 3 steps|\boxed{42} apples|\[\boxed{42}\]|#### x: \boxed{42}", r"\boxed{41}|\boxed{}|\boxed{43} not 42|\boxed{42|#### \boxed{41} or \boxed{42}|#### \boxed{42} or \boxed{41}"),
-    ("3", r"1 \boxed{2} #### 3⏎4|\boxed{2}⏎#### 3|#### 3⏎\boxed{4}|1 \boxed{3} 4", r"#### 2⏎\boxed{3}|1 \boxed{2} 3"),
-    ("42", r"A: 42|A:42|#### Answer: 42|#### **Answer:** 42|#### Final Answer: 42|**Final Answer:** 42|#### The final answer is 42.|#### The answer is: $42$|#### Final Answer⏎42|#### Final Answer⏎⏎**42**|#### Answer⏎$$⏎42⏎$$|<answer>42</answer>", r"#### Answer|#### Final Answer⏎41"),
+    ("3", r"1 \boxed{2} #### 3⏎4|\boxed{2}⏎#### 3|#### 3⏎\boxed{4}|1 \boxed{3} 4", r"#### 2⏎\boxed{3}|1 \boxed{2} 3"), ("42", r"A: 42|A:42|#### Answer: 42|#### **Answer:** 42|#### Final Answer: 42|**Final Answer:** 42|#### The final answer is 42.|#### The answer is: $42$|#### Final Answer⏎42|#### Final Answer⏎⏎**42**|#### Answer⏎$$⏎42⏎$$|<answer>42</answer>", r"#### Answer|#### Final Answer⏎41"),
     ("42", r"#### The final answer is: $\boxed{42}$. I hope it is correct.|The answer is 42. I hope it helps.|The answer is **42**.|so x = 42, as wanted|#### 42⏎⏎Let me explain why.|#### 42⏎#### 42 ", r"The answer is 41. I have 2 hopes."),
     # A heading is no answer.
     ("42", r"#### Final Answer⏎\boxed{42}|#### Step 2: the total⏎6*7 = 42⏎⏎\boxed{42}|\boxed{42}⏎#### Check⏎6*7 is right|#### 4. Sum up⏎\boxed{42}|#### 2) Sum up⏎so \boxed{42}.|#### **Step 1:** add⏎then⏎#### 42|### Answer⏎\boxed{42}", r"#### Step 42: the sum⏎we are done|#### Step 42|#### Part 42⏎and so on|#### 42. Sum up⏎we add|#### 42) Sum up|#### Case 42⏎\boxed{41}|#### Adding the 42 numbers⏎It is 41."),
@@ -31,8 +31,7 @@ ANSWERS = [
     # Notation around a number.
     ("42", r"#### $42|#### $42.00|#### $42$|#### (42)|#### [42]|#### **42**|#### **$42$**|#### *42*|#### __42__|#### `42`|#### \(42\)|\[42\]|\boxed{\text{42}}|\boxed{\mathbf{42}}|\boxed{\$42}|\boxed{$42$}|\boxed{42.}|€42|#### £42.00|#### 42 €|#### 42!|#### \boxed{42}|Final Answer: **42**", r"#### 4$2|#### 4**2|#### 4$$2|#### 4*2|#### 4_2|#### 4 2"),
     ("42", r"#### 42.0|#### 042|#### +42|#### 4.2e1|#### 42e0|#### 420e-1|#### 42E+0", r"#### 42.5|#### .42|#### 0.42|#### 4.2|#### 4,2|#### 42,5|#### 42e1|#### 42e|#### 42e400|#### 42.42.42|#### 0x2A|#### forty-two|#### nan|#### ٤٢|#### ４２|#### 042.1"),
-    ("42", r"#### x = 42|#### x=42|\boxed{x = 42}|#### = 42|#### 40 + 2 = 42|6 * 7 = 42.|#### 6 * 7 = $42.|#### 6 \times 7 = 42|#### 84/2 = 42|#### a = b = 42|#### ½ of 84 = 42|#### ٤ = 42|#### Total = $42", r"#### 42 = 43|#### 42 =|#### 1 = 42 = 42 or 42|#### x = 41, y = 42|#### x = 41 or x = 42|#### x = 42 or x = 41|#### x != 42|#### x >= 42"),
-    ("72", r"#### 6 * 12 = $72.|6 * 12 = \$72.|so 48 + 24 = 72.⏎#### 72|#### 72⏎is wrong: 71|\boxed{1} or \boxed{72}", r"#### 1 2 72|72 or 73|#### 7"),
+    ("42", r"#### x = 42|#### x=42|\boxed{x = 42}|#### = 42|#### 40 + 2 = 42|6 * 7 = 42.|#### 6 * 7 = $42.|#### 6 \times 7 = 42|#### 84/2 = 42|#### a = b = 42|#### ½ of 84 = 42|#### ٤ = 42|#### Total = $42", r"#### 42 = 43|#### 42 =|#### 1 = 42 = 42 or 42|#### x = 41, y = 42|#### x = 41 or x = 42|#### x = 42 or x = 41|#### x != 42|#### x >= 42"), ("72", r"#### 6 * 12 = $72.|6 * 12 = \$72.|so 48 + 24 = 72.⏎#### 72|#### 72⏎is wrong: 71|\boxed{1} or \boxed{72}", r"#### 1 2 72|72 or 73|#### 7"),
     # Units, and words.
     ("42", r"#### 42 apples|#### 42 apples in all|#### 42%|#### 42 percent|#### 42nd|#### 42cm|#### 42 cm|#### 42 km/h|#### 42km/h|#### 42 L|#### 42 °C|#### 42°|\boxed{42^\circ}|\boxed{42^{\circ}}|#### $42 a day|#### $42/hour|#### 42 miles per hour|#### 42 (forty-two)|#### the answer is 42.|#### 42 is the answer|#### He has 42 apples|#### about 42|\boxed{\text{42 apples}}", r"#### 42 dollars and 0 cents|#### 42 43|#### not 42|#### more than 42|#### at least 42|#### B42|#### x42"),
     ("42", r"#### 42 cm^2|#### 42cm^2|#### 42 cm^{2}|#### 42 cm²|#### 42 cm2|#### 42 m^3|#### 42 ft^3|#### 42 in^2|#### 42 units^2|#### 42 square units|#### 42 m/s^2|\boxed{42 \text{ cm}^2}|\boxed{42\,\text{cm}^2}|\boxed{42\ \mathrm{m}^3}|it is 42 cm^2.|so 42 \text{ m}^2|area = 42 m^2", r"#### 42^2|#### 42²|#### 42**2|#### 10^42|#### 42^x|#### 42 m^2 and 1 m^2"),
@@ -41,17 +40,12 @@ ANSWERS = [
     ("42", r"#### 42", r"#### 42 or 43|\boxed{42 or 43}|#### 42 (or 43)|#### 42 and 43|#### 42, 43|\boxed{42, 43}|\boxed{(42, 43)}|it is (41,42)|#### 42-43|#### 42 - 43|#### 42–43|it is 41-42|#### between 42 and 50|\boxed{41 \text{ or } 42}|#### 41 < x < 42|#### x > 42|#### x \geq 42|\boxed{x \ne 42}|\boxed{\pm 42}|#### 42x|#### 42 x|\boxed{42x}|\boxed{42\pi}|\boxed{42 \pi}|\boxed{42\sqrt{2}}|\boxed{\sqrt{42}}|it is \sqrt{42}|\boxed{x^{42}}|#### x_42|#### 42i|#### 42 + x|#### 42 - x|#### 42 x 1|#### 42*2|#### 2*42|#### 42(x+1)|#### 42/1|#### 42/x|#### 1/42|it is 1/42|it is \frac{1}{42}|\frac{1}{42}|#### \frac{42}{1}|#### 42 million|it is 42 million|#### 42 thousand|#### 42k|#### 42 dozen|#### 42 hundredths|#### 42 and a half|#### 42½|#### 42 1/2|#### 42 halves|#### 42 am|#### 42:30|it is 42:30|it is 1:42|#### - 42"), ("42", "#### 42\r\nand 43|#### 42\u00a0apples", "#### 42\u202843|#### 42\r43"),
     # Thousands.
     ("1200", r"#### 1,200|#### $1,200.00|#### 1,200 apples|#### 1.2e3|it is 1,200.|\boxed{1{,}200}|\boxed{1\,200}|\boxed{1,\!200}|\boxed{1\!200}|\boxed{1\;200}|\boxed{1\ 200}|it is $1{,}200$.|it costs 1\,200 dollars.|\boxed{1{,}200\text{ cm}^2}", r"#### 1 200|#### 12,00|#### 1,20|\boxed{1\,20}|\boxed{1{,}2}|#### 1.200|#### 1'200|#### 1_200|it is 1, 200|\boxed{(1, 200)}|#### 1,200,000|it is 1{,}200{,}000|\boxed{200}|\boxed{1}"),
-    ("1200", "#### 1\u202f200|#### 1\u00a0200", "#### 1\u2028200|#### 1\n200"), ("200", r"#### 200", r"\boxed{1\,200}|\boxed{1{,}200}|#### 1,200|it is 1{,}200|it is 1\,200|#### 1 200"),
-    ("1000", r"#### 1000|#### 1e3|#### 1E3|#### 1.0e+3|#### 10^3 = 1000", r"#### 1,00|#### 10,00|#### 1000,000|#### 1,000,00|#### 10^3|#### 1e2|#### 1e33"),
-    ("1234567", r"#### 1,234,567|\boxed{1{,}234{,}567}|\boxed{1\,234\,567}", r"#### 1,234567|#### 1234,567|#### 12,34,567|#### 234567"), ("12345", r"#### 12,345", r"1,2345|it is 1,2345|#### 1,2345"),
-    ("34", r"#### 34", r"pages 3, 4|#### 3, 4|#### 3,4"), ("1", r"#### 1|#### 1.0|#### 1e0|#### 2/2 = 1|#### 0001", r"#### 1/2|#### 1,000|#### 1 000|#### 1_000|#### 1'000|#### -1|#### .1|#### 1:30|#### 1-2|\boxed{1/2}|#### 10^1"),
+    ("1200", "#### 1\u202f200|#### 1\u00a0200", "#### 1\u2028200|#### 1\n200"), ("200", r"#### 200", r"\boxed{1\,200}|\boxed{1{,}200}|#### 1,200|it is 1{,}200|it is 1\,200|#### 1 200"), ("1000", r"#### 1000|#### 1e3|#### 1E3|#### 1.0e+3|#### 10^3 = 1000", r"#### 1,00|#### 10,00|#### 1000,000|#### 1,000,00|#### 10^3|#### 1e2|#### 1e33"),
+    ("1234567", r"#### 1,234,567|\boxed{1{,}234{,}567}|\boxed{1\,234\,567}", r"#### 1,234567|#### 1234,567|#### 12,34,567|#### 234567"), ("12345", r"#### 12,345", r"1,2345|it is 1,2345|#### 1,2345"), ("34", r"#### 34", r"pages 3, 4|#### 3, 4|#### 3,4"), ("1", r"#### 1|#### 1.0|#### 1e0|#### 2/2 = 1|#### 0001", r"#### 1/2|#### 1,000|#### 1 000|#### 1_000|#### 1'000|#### -1|#### .1|#### 1:30|#### 1-2|\boxed{1/2}|#### 10^1"),
     # Signs, decimals, percentages.
-    ("5", r"#### 5|#### 10-5=5|10 - 5 = 5|#### 5.|#### 5-", r"#### −5|#### -5|#### .5|#### 0.5|#### 10-5|\boxed{-5}|\boxed{−5}|so x is −5"),
-    ("-5", r"#### -5|#### −5|#### -5.0|#### -$5|#### $-5|#### $-5$|#### (-5)|#### 5 - 10 = -5|\boxed{-5}|\boxed{−5}|it is −5.|#### x=-5|so x=-5|#### -5 degrees|#### -5°C|\boxed{-5\text{ m}}|#### -5%|10 - -5", r"#### 5|#### 10-5|#### - 5|#### 0-5|it is 10-5|\boxed{5}|#### \pm 5|#### -5 or 5|#### 5-|#### -50|#### -5/1"),
-    ("−5", r"#### -5|#### −5|\boxed{−5}", r"#### 5"), ("-7", r"10 - -7", r"10-7|#### 10-7"), ("7", r"10 - 3 = 7|10-3=7", r"so 12 is 5+7, 10-7|#### 10-7"),
-    ("0.5", r"#### .5|#### 0.5|#### 0.50|#### $.50|#### 5e-1|#### 1/2 = .5|\boxed{.5}|it is .5", r"#### 5|#### 1/2|#### 0,5|#### -.5|#### 0 5|#### ..5.5|#### 50%"), (".5", r"#### .5|#### 0.5", r"#### 5|#### 1.5"),
-    ("29", r"#### $29.00|#### 29.|#### 29.000 kg|it is $29.00.|#### 2.9e1", r"#### 29.01|#### 2900|#### 29.00.00"), ("29.00", r"#### 29|#### $29|\boxed{29.0}", r"#### 29.1|#### 2900"),
-    ("28%", r"#### 28|#### 28 %|\boxed{28\%}|\boxed{28 \%}|#### 28.0%|#### 28 percent|so it is 28\%.", r"#### 29%|#### 0.28|#### 28% or 29%|#### 28-29%|#### 28%-29%|#### 128%"), ("0", r"#### 0|#### 0.0|#### -0|#### zero = 0|it is 0", r"|#### |#### 0.1|#### 10|#### -|#### none|#### 1:0"), ("120", r"#### 5! = 120", r"#### 5!"),
+    ("5", r"#### 5|#### 10-5=5|10 - 5 = 5|#### 5.|#### 5-", r"#### −5|#### -5|#### .5|#### 0.5|#### 10-5|\boxed{-5}|\boxed{−5}|so x is −5"), ("-5", r"#### -5|#### −5|#### -5.0|#### -$5|#### $-5|#### $-5$|#### (-5)|#### 5 - 10 = -5|\boxed{-5}|\boxed{−5}|it is −5.|#### x=-5|so x=-5|#### -5 degrees|#### -5°C|\boxed{-5\text{ m}}|#### -5%|10 - -5", r"#### 5|#### 10-5|#### - 5|#### 0-5|it is 10-5|\boxed{5}|#### \pm 5|#### -5 or 5|#### 5-|#### -50|#### -5/1"),
+    ("−5", r"#### -5|#### −5|\boxed{−5}", r"#### 5"), ("-7", r"10 - -7", r"10-7|#### 10-7"), ("7", r"10 - 3 = 7|10-3=7", r"so 12 is 5+7, 10-7|#### 10-7"), ("0.5", r"#### .5|#### 0.5|#### 0.50|#### $.50|#### 5e-1|#### 1/2 = .5|\boxed{.5}|it is .5", r"#### 5|#### 1/2|#### 0,5|#### -.5|#### 0 5|#### ..5.5|#### 50%"), (".5", r"#### .5|#### 0.5", r"#### 5|#### 1.5"),
+    ("29", r"#### $29.00|#### 29.|#### 29.000 kg|it is $29.00.|#### 2.9e1", r"#### 29.01|#### 2900|#### 29.00.00"), ("29.00", r"#### 29|#### $29|\boxed{29.0}", r"#### 29.1|#### 2900"), ("28%", r"#### 28|#### 28 %|\boxed{28\%}|\boxed{28 \%}|#### 28.0%|#### 28 percent|so it is 28\%.", r"#### 29%|#### 0.28|#### 28% or 29%|#### 28-29%|#### 28%-29%|#### 128%"), ("0", r"#### 0|#### 0.0|#### -0|#### zero = 0|it is 0", r"|#### |#### 0.1|#### 10|#### -|#### none|#### 1:0"), ("120", r"#### 5! = 120", r"#### 5!"),
     # Gold answers in any notation.
     *[(gold, r"#### 42|\boxed{42}|so it is 42|#### 42 apples|#### \boxed{42}|#### **42**", r"#### 43|\boxed{43}|#### 42 or 43|#### 2|") for gold in [
         "$42$", "\\boxed{42}", "**42**", "42 apples", "42%", "42\\%", "$42.00", "42 cm^2", "42 \\text{ cm}^2", "(42)", "x = 42", "42.", "The answer is 42.", "\\(42\\)",
@@ -60,28 +54,21 @@ ANSWERS = [
     # Letters and words.
     *[(gold, r"\boxed{\text{E}}|\boxed{E}|#### E|#### (E)|#### [E]|#### **E**|#### \boxed{E}|#### \text{E}|#### **(E)**|#### (**E**)|\boxed{\textbf{(E)}}|\boxed{\mathrm{E}}|\boxed{ E }|#### $E$|#### e|#### E.|#### E)|#### \(E\)|#### `E`|#### _E_|#### 'E'|#### Answer: E|#### The answer is (E)|#### Final Answer⏎E|#### E⏎because 3+4 = 7",
        r"\boxed{\text{B}}|#### B|#### (B)|#### E or B|#### A, E|#### not E|#### EE|\boxed{\text{E or B}}|\boxed{E, B}|#### e^x|#### -E|the answer is B|#### 2E|#### E2|\boxed{}|#### ()|#### (E)(B)|#### Either⏎\boxed{B}") for gold in ["E", "(E)", "\\text{E}", "**E**", "\\boxed{\\text{E}}"]],
-    ("Paris", r"#### Paris|#### paris.|#### PARIS|#### **Paris**|\boxed{Paris}|#### \boxed{Paris}|\boxed{\text{Paris}}|#### Answer: Paris|#### paris⏎or Rome", r"#### Rome|Paris|#### Paris or Rome|#### Pari|#### not Paris"),
-    ("New York", r"#### new  york|\boxed{\text{New York}}|\boxed{New\ York}", r"#### York|#### NewYork|#### New York City"),
+    ("Paris", r"#### Paris|#### paris.|#### PARIS|#### **Paris**|\boxed{Paris}|#### \boxed{Paris}|\boxed{\text{Paris}}|#### Answer: Paris|#### paris⏎or Rome", r"#### Rome|Paris|#### Paris or Rome|#### Pari|#### not Paris"), ("New York", r"#### new  york|\boxed{\text{New York}}|\boxed{New\ York}", r"#### York|#### NewYork|#### New York City"),
     # Texts with digits, which are compared as they stand.
-    ("3/4", r"#### 3/4|#### $3/4$|\boxed{3/4}|#### **3/4**|it is 3/4|#### 3/4.", r"#### 4/3|#### 3|#### 4|#### 0.75|#### 3/40|it is 4|#### 13/4|#### 1 3/4|#### -3/4"),
-    ("\\frac{1}{2}", r"#### \frac{1}{2}|\boxed{\frac{1}{2}}|\boxed{\dfrac{1}{2}}|#### $\frac{1}{2}$|#### \(\tfrac{1}{2}\)|#### The answer is $\frac{1}{2}$.", r"\boxed{\frac{1}{3}}|\boxed{\frac{1}{2}|#### 2|#### 1|#### \frac{2}{1}"),
-    ("\\frac{\\sqrt{x^{2}}}{2}", r"\boxed{\frac{\sqrt{x^{2}}}{2}}", r"\boxed{\frac{\sqrt{x^{2}}}{3}}|#### 2"), ("x − 1", r"#### x - 1|#### x − 1", r"#### x + 1|#### 1|it is 1|#### -1"),
-    ("2x", r"#### 2x|\boxed{2x}|#### $2x$", r"#### 2|#### x|#### 2y|#### 2 apples|it is 2"), ("2\\pi", r"#### 2\pi|\boxed{2\pi}", r"#### 2|it is 2|#### \pi|#### 3\pi"),
-    ("3x^2", r"#### 3x^2|\boxed{3x^2}", r"#### 3|#### 3x|it is 3|#### 2"), ("10:30", r"#### 10:30|\boxed{10:30}|it is 10:30.|#### **10:30**", r"#### 10|#### 30|#### 10:31|it is 30|it is 10|#### 1030"),
-    ("8 a.m.", r"#### 8 a.m.|#### 8 A.M.", r"#### 8 p.m.|#### 8"), ("2-3", r"#### 2-3|\boxed{2-3}|it is 2-3", r"#### 2|#### 3|#### -1|it is 3"),
+    ("3/4", r"#### 3/4|#### $3/4$|\boxed{3/4}|#### **3/4**|it is 3/4|#### 3/4.", r"#### 4/3|#### 3|#### 4|#### 0.75|#### 3/40|it is 4|#### 13/4|#### 1 3/4|#### -3/4"), ("\\frac{1}{2}", r"#### \frac{1}{2}|\boxed{\frac{1}{2}}|\boxed{\dfrac{1}{2}}|#### $\frac{1}{2}$|#### \(\tfrac{1}{2}\)|#### The answer is $\frac{1}{2}$.", r"\boxed{\frac{1}{3}}|\boxed{\frac{1}{2}|#### 2|#### 1|#### \frac{2}{1}"),
+    ("\\frac{\\sqrt{x^{2}}}{2}", r"\boxed{\frac{\sqrt{x^{2}}}{2}}", r"\boxed{\frac{\sqrt{x^{2}}}{3}}|#### 2"), ("x − 1", r"#### x - 1|#### x − 1", r"#### x + 1|#### 1|it is 1|#### -1"), ("2x", r"#### 2x|\boxed{2x}|#### $2x$", r"#### 2|#### x|#### 2y|#### 2 apples|it is 2"), ("2\\pi", r"#### 2\pi|\boxed{2\pi}", r"#### 2|it is 2|#### \pi|#### 3\pi"),
+    ("3x^2", r"#### 3x^2|\boxed{3x^2}", r"#### 3|#### 3x|it is 3|#### 2"), ("10:30", r"#### 10:30|\boxed{10:30}|it is 10:30.|#### **10:30**", r"#### 10|#### 30|#### 10:31|it is 30|it is 10|#### 1030"), ("8 a.m.", r"#### 8 a.m.|#### 8 A.M.", r"#### 8 p.m.|#### 8"), ("2-3", r"#### 2-3|\boxed{2-3}|it is 2-3", r"#### 2|#### 3|#### -1|it is 3"),
     ("(3, 5)", r"#### (3, 5)|\boxed{(3, 5)}|\boxed{\left(3, 5\right)}", r"#### 3|#### 5|#### (5, 3)|#### [3, 5]|#### 35"), ("3 million", r"#### 3 million|\boxed{3 \text{ million}}", r"#### 3|it is 3"),
 ]  # fmt: skip
 
 
 def test_answers_of_every_kind():
     """A number is the one number in an answer, whatever its notation and its unit; all else are texts."""
-    wrong = []
     for gold, *columns in ANSWERS:
         for texts, wanted in zip(columns, (1.0, 0.0), strict=True):
             for text in texts.replace("⏎", "\n").split("|") if texts else []:
-                if answer_reward(Problem("?", gold), text) != wanted:
-                    wrong.append((gold, text))
-    assert wrong == []
+                assert answer_reward(Problem("?", gold), text) == wanted, (gold, text)
 
 
 def test_numbers_are_those_that_float_reads():
@@ -91,12 +78,9 @@ def test_numbers_are_those_that_float_reads():
         number = round(rng.uniform(-50, 5000), rng.randrange(4))
         value = rng.choice([rng.randrange(10), rng.randrange(-9999, 10**6), number])
         texts = [f"{value}", f"{value:,}", f"{value:+}", f"{value:e}", f"${value:,}", f"{value}."]
-        texts.append(f"{value}".replace("-", "\u2212"))
-        if isinstance(value, float) and -1 < value < 1:
-            texts.append(f"{value}".replace("0.", ".", 1))
+        texts += [f"{value}".replace("-", "\u2212"), re.sub(r"^(-?)0(?=\.)", r"\1", f"{value}")]
         for text, gold in itertools.product(texts, (value, -value, value + 1, value * 10)):
-            plain = text.replace(",", "").replace("$", "").replace("\u2212", "-").rstrip(".")
-            wanted = float(float(plain) == gold)
+            wanted = float(re.sub("[,$]|[.]$", "", text).replace("\u2212", "-")) == gold
             in_latex = text.rstrip(".").replace(",", "{,}") + " \\text{ cm}^2"
             for completion in (f"#### {text}", f"\\boxed{{{in_latex}}}", f"so it is {text}"):
                 assert answer_reward(Problem("?", str(gold)), completion) == wanted, (completion, gold)
@@ -118,13 +102,11 @@ def test_a_hundred_thousand_fuzzed_completions_are_right_or_wrong_and_nothing_el
     """The same for questions and answers and for Countdown; the answer behind the mark at the end is right."""
     rng, right = random.Random(0), 0
     problems = [Problem("?", answer) for answer in ("42", "-5", "0.5", "1,200", "1/2", "\\frac{1}{2}", "E")]
-    puzzle = Problem("2,5,7:19=", "19")
     for i in range(10**5):
         text = "".join(rng.choices(PIECES, k=rng.randrange(12)))
         problem = problems[i % len(problems)]
-        got = answer_reward(problem, text), countdown.reward(puzzle, text)
-        assert {*got} <= {0.0, 1.0}, text
-        assert all(type(value) is float for value in got)
+        got = answer_reward(problem, text), countdown.reward(Problem("2,5,7:19=", "19"), text)
+        assert all(type(value) is float and value in (0.0, 1.0) for value in got), text
         if i % 10 == 0:
             assert answer_reward(problem, f"{text}\n#### {problem.answer}") == 1.0, text
         right += got[0]
@@ -133,18 +115,18 @@ def test_a_hundred_thousand_fuzzed_completions_are_right_or_wrong_and_nothing_el
 
 def test_reading_hostile_answers_takes_linear_time():
     """Ten times longer inputs take about ten times as long, whatever they repeat; quadratic would be a hundred times."""
-    rng, problem, took = random.Random(0), Problem("?", "72"), {}
+    rng, problem = random.Random(0), Problem("?", "72")
     assert [answer_reward(problem, text) for text in HOSTILE] == [0.0] * len(HOSTILE)
     boxes = ["\\boxed{{}", "\\boxed{\\boxed{}", "\\boxed{{{", "\\boxed{{a}", "\\boxed{{{}}"]
     pairs = ["".join(rng.choices(PIECES, k=2)) for _ in range(40)]
     for start, piece in itertools.product(("", "#### ", "\\boxed{"), PIECES + boxes + pairs):
+        took = []
         for length in (4000, 40_000):
             text = start + piece * (length // len(piece)) + rng.choice(["", "!", "1", "}"])
             begin = time.process_time()
             answer_reward(problem, text)
-            took[start, piece, length] = time.process_time() - begin
-    longer = [case for case in took if case[2] == 40_000]
-    assert [case for case in longer if took[case] > 40 * max(took[case[0], case[1], 4000], 1e-3)] == []
+            took.append(time.process_time() - begin)
+        assert took[1] <= 40 * max(took[0], 1e-3), (start, piece)
 
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path.home() / ".cache" / "scope_rl"))
@@ -155,14 +137,13 @@ GRADED = GSM8K / "example_model_solutions.jsonl"  # from the same repository
 @pytest.mark.skipif(None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_gold_answer_of_gsm8k_is_right_for_itself_and_wrong_for_the_next(split):
-    path = GSM8K_FILES[split]
-    gold = [json.loads(line)["answer"] for line in path.read_text().split("\n") if line]
-    problems = load_problems(path)
+    gold = [json.loads(line)["answer"] for line in GSM8K_FILES[split].read_text().split("\n") if line]
+    problems = load_problems(GSM8K_FILES[split])
     assert len(problems) == len(gold) == {"train": 7473, "test": 1319}[split]
     values = [float(p.answer.replace(",", "").replace("$", "")) for p in problems]
-    assert [answer_reward(p, g) for p, g in zip(problems, gold, strict=True)] == [1.0] * len(gold)
-    wanted = [float(values[i] == values[i + 1]) for i in range(len(gold) - 1)]
-    assert [answer_reward(problems[i + 1], gold[i]) for i in range(len(gold) - 1)] == wanted
+    for shift in (0, 1):
+        wanted = [float(a == b) for a, b in zip(values[shift:], values, strict=False)]
+        assert [answer_reward(p, text) for p, text in zip(problems[shift:], gold, strict=False)] == wanted
 
 
 @pytest.mark.skipif(not GRADED.exists(), reason="OpenAI's graded solutions are not beside GSM8K")
@@ -172,7 +153,7 @@ def test_solutions_that_openai_graded_get_the_same_grade(mark):
     for line in GRADED.read_text().split("\n")[:1319]:
         row = json.loads(line)
         problem = Problem("?", row["ground_truth"].rpartition("A: ")[2])
-        for graded in [graded for graded in row.values() if isinstance(graded, dict)]:
+        for graded in filter(lambda entry: isinstance(entry, dict), row.values()):
             text = graded["solution"].replace("\nA: ", f"\n{mark}")
             assert answer_reward(problem, text) == graded["is_correct"], text
             solutions += 1
@@ -185,30 +166,34 @@ BAD = [-1.0, 2.0, 1 + 1e-9, -1e-9, math.nan, math.inf, None, "1", b"1", [1.0], 1
 RAISED = [ValueError("the judge\ndid not answer"), KeyError("k"), SystemExit(0), AssertionError()]
 
 
-@pytest.mark.parametrize(
-    "outcome", [*GOOD, *BAD, *RAISED, KeyboardInterrupt()], ids=lambda got: f"{got!r:.9}"
-)
-def test_a_reward_is_a_number_from_0_to_1_or_an_error_that_names_problem_and_completion(outcome):
+def reward_of(outcome):
+    """What `reward_of` makes of a reward that returns or raises this."""
+
     def judge(problem, completion):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
-    task, problem = reward.Task([], [], "", judge), Problem("6*7?\n", "42")
-    if isinstance(outcome, KeyboardInterrupt):
-        with pytest.raises(KeyboardInterrupt):
-            reward.reward_of(task, problem, "42")
-    elif any(outcome is value for value in GOOD):
-        got = reward.reward_of(task, problem, "42")
-        assert type(got) is float
-        assert got == outcome
-    else:
-        with pytest.raises(reward.RewardError) as error:
-            reward.reward_of(task, problem, "I say\n" + "42 " * 100)
-        said = str(error.value)
-        assert said.startswith("the reward of 'I say\\n42 42") and " for '6*7?\\n': " in said
-        assert repr(outcome)[:17] in said or isinstance(outcome, ValueError | torch.Tensor | int)
-        assert "\n" not in said and len(said) < 400
+    problem, completion = Problem("6*7?\n", "42"), "I say\n" + "42 " * 100
+    return reward.reward_of(reward.Task([], [], "", judge), problem, completion)
+
+
+def test_a_reward_is_a_number_from_0_to_1():
+    assert [type(reward_of(outcome)) for outcome in GOOD] == [float] * len(GOOD)
+    assert [reward_of(outcome) for outcome in GOOD] == GOOD
+    with pytest.raises(KeyboardInterrupt):
+        reward_of(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("outcome", BAD + RAISED, ids=lambda got: f"{got!r:.9}")
+def test_anything_else_is_an_error_that_names_problem_and_completion(outcome):
+    with pytest.raises(
+        reward.RewardError, match=r"^the reward of 'I say.n42 42.* for '6[*]7[?].n': "
+    ) as error:
+        reward_of(outcome)
+    said = str(error.value)
+    assert repr(outcome)[:17] in said or isinstance(outcome, ValueError | torch.Tensor | int)
+    assert "\n" not in said and len(said) < 400
 
 
 @pytest.mark.parametrize(("raised", "line"), [
@@ -224,31 +209,24 @@ def test_errors_are_one_line_that_says_what_is_missing(raised, line):
 
 
 def test_pass_at_k_against_enumeration():
-    for n in range(1, 8):
+    """It is the share of k samples of n that hold a right one, and in the mean over draws 1 - (1 - p)^k."""
+    for k, n in itertools.combinations_with_replacement(range(1, 8), 2):
+        subsets = list(itertools.combinations(range(n), k))
         for c in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations(range(n), k))
-                share = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
-                assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
+            share = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
+        chances = [math.comb(n, c) * 0.3**c * 0.7 ** (n - c) for c in range(n + 1)]
+        mean = sum(chance * pass_at_k(n, c, k) for c, chance in enumerate(chances))
+        assert mean == pytest.approx(1 - 0.7**k)
     assert 0 < pass_at_k(10**5, 1, 10) < 1  # large numbers stay exact
     for n, c, k in [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)]:
         with pytest.raises(ValueError, match="pass_at_k needs"):
             pass_at_k(n, c, k)
 
 
-def test_pass_at_k_is_unbiased():
-    """Averaged over draws of n samples it is 1 - (1 - p)^k, where the plug-in 1 - (1 - c/n)^k is not."""
-    n, k, p = 6, 4, 0.3
-    correct = np.random.default_rng(0).binomial(n, p, 20_000)
-    mean = np.mean([pass_at_k(n, int(c), k) for c in correct])
-    plug_in = np.mean(1 - (1 - correct / n) ** k)
-    assert abs(mean - (1 - (1 - p) ** k)) < 0.01 < abs(plug_in - (1 - (1 - p) ** k))
-
-
 def test_distinct_correct():
     assert reward.distinct_correct(["1+2", "1+2", " 1+2\n", "2+1", "9"], [1.0, 1.0, 1.0, 1.0, 0.0]) == 2
-    different_space, less = ["a  b\nc", "a b c"], "ab c"
-    assert reward.distinct_correct([*different_space, less], [1.0] * 3) == 2
+    assert reward.distinct_correct(["a  b\nc", "a b c", "ab c"], [1.0] * 3) == 2
 
 
 # --- Data files
@@ -260,24 +238,21 @@ DATA = [  # the bytes of a file, and its questions and answers, or the error
     (b'{"question": "\\ud83d\\ude00", "answer": "1"}', [("\U0001f600", "1")]),  # a surrogate pair
     (b'{"question": "a\\u0000b", "answer": "1"}', [("a\x00b", "1")]), ('{"question": "Wie viele Äpfel\u2028?", "answer": "1"}'.encode(), [("Wie viele Äpfel\u2028?", "1")]),
     (b'{"question": "a", "answer": 1}\n{"question": "b", "answer": 2}\n{"question": "a", "answer": 3}', [("a", "1"), ("b", "2")]), (b'{"question": "a", "answer": 42, "more": [1]}', [("a", "42")]),
-    (b'{"question": "a", "answer": -0.5}', [("a", "-0.5")]), (b'{"question": "a", "answer": 1e21}', [("a", "1e+21")]),
-    (b'{"question": "a", "answer": 1' + b"0" * 400 + b"}", [("a", "1" + "0" * 400)]),  # no float is as large
     *[(b'{"question": "a", "answer": %b}' % json.dumps(text).encode(), [("a", answer)]) for text, answer in [
+        (-0.5, "-0.5"), (1e21, "1e+21"), (10**400, "1" + "0" * 400),  # no float is as large
         ("#### 42\nThat was easy.", "42"), ("#### 1\n#### 42", "42"), (" 42 ", "42"), ("$42$", "$42$"), ("\\boxed{42}", "42"), ("42 cm", "42 cm"), ("42\\%", "42\\%"), ("Paris", "Paris"),
         ("Either x - 1 = 7 and x = 8,\nor x - 1 = -7 and x = -6, so the sum is $\\boxed{2}$.", "2"), ("So it is \\boxed{3/4} of the cake that she had at first.", "3/4"),
         ("It is long.\n#### The Lord of the Rings, book one", "The Lord of the Rings, book one"), ("The answer is 42.", "The answer is 42."), ("\\frac{\\sqrt{3}}{2}", "\\frac{\\sqrt{3}}{2}")]],
-    *[(b'{"question": "a", "answer": %b}' % json.dumps(text).encode(), f"line 1: .*{reason}") for text, reason in [
-        ("42\nThat was easy.", "put ####"), ("She has 3*4 = 12.\nThe answer is 12.", "put ####"), ("18 divided by 2 is 9.\n### 9", "put ####"), ("3 boxes of 4 are 3*4 = 12. The answer is 12.", "put ####"),
-        ("\\boxed{3} or \\boxed{4}", "expected"), ("#### \\boxed{3} or \\boxed{4}", "no completion can earn"), ("\\frac{1}{2", "no completion can earn"), ("{" * 9 + "1" + "}" * 9, "no completion"),
-        ("#### Final Answer", "no completion can earn"), ("$$", "no completion can earn"), ("\\boxed{}", "no completion can earn"), ("why ####", "no completion can earn"), ("", "no completion can earn")]],
+    *[(b'{"question": "a", "answer": %b}' % json.dumps(text).encode(), f"line 1: .*{reason}") for reason, texts in [
+        ("put ####", ["42\nThat was easy.", "She has 3*4 = 12.\nThe answer is 12.", "18 divided by 2 is 9.\n### 9", "3 boxes of 4 are 3*4 = 12. The answer is 12."]), ("expected", ["\\boxed{3} or \\boxed{4}"]),
+        ("no completion can earn", ["#### \\boxed{3} or \\boxed{4}", "\\frac{1}{2", "{" * 9 + "1" + "}" * 9, "#### Final Answer", "$$", "\\boxed{}", "why ####", ""])] for text in texts],
     ('{"question": "a", "answer": "1"}\n'.encode("utf-16") * 2, "line 2: expected"), (b"\xef\xbb\xbf", "line 1: expected"), (b"", "holds no problems"), (b"\n \n\t\n", "holds no problems"), (None, "cannot read the data file"),
+    *[(RIGHT + b'\n\n{"question": "a", "answer": %b}' % answer, "line 3: expected an object like") for answer in [
+        b"NaN", b"Infinity", b"1e400", b"-1e400", b'"\\udfff"', b'["1"]', b'{"a": 1}', b"null", b"1" + b"0" * 5000]],
     *[(RIGHT + b"\n\n" + line, "line 3: expected an object like") for line in [
-        b'{"question": "a", "answer": NaN}', b'{"question": "a", "answer": Infinity}', b'{"question": "a", "answer": 1e400}', b'{"question": "a", "answer": -1e400}',
-        b'{"question": "\\ud800", "answer": "1"}', b'{"question": "a", "answer": "\\udfff"}', b'{"question": "caf\xe9", "answer": "1"}', b"\xff\xfe\x00",
-        b'{"question": "a", "answer": ["1"]}', b'{"question": "a", "answer": {"a": 1}}', b'{"question": ["a"], "answer": "1"}', b'{"question": 3, "answer": "1"}', b'{"question": "a", "answer": null}',
-        b'{"Question": "a", "Answer": "1"}', b'{"question": "a"}', b'{"question": " \\t", "answer": "1"}', b'{"question": "", "answer": "1"}', b'{"question": "a", "answer": 1' + b"0" * 5000 + b"}",
-        RIGHT + RIGHT, b"[" + RIGHT + b"]", RIGHT + b",", b"question,answer", b'"text"', b"3", b'["a", "1"]', b'{"a":' * 10**5, b"[" * 10**5, b"\x00" * 1000, b"not json",
-        b'{"prompt": [{"role": "user", "content": "6*7?"}], "reward_model": {"ground_truth": "42"}}']],
+        b'{"question": "\\ud800", "answer": "1"}', b'{"question": "caf\xe9", "answer": "1"}', b'{"question": ["a"], "answer": "1"}', b'{"question": 3, "answer": "1"}', b'{"Question": "a", "Answer": "1"}',
+        b'{"question": "a"}', b'{"question": " \\t", "answer": "1"}', b'{"question": "", "answer": "1"}', b"\xff\xfe\x00", RIGHT + RIGHT, b"[" + RIGHT + b"]", RIGHT + b",", b"question,answer", b'"text"', b"3",
+        b'["a", "1"]', b'{"a":' * 10**5, b"[" * 10**5, b"\x00" * 1000, b"not json", b'{"prompt": [{"role": "user", "content": "6*7?"}], "reward_model": {"ground_truth": "42"}}']],
 ]  # fmt: skip
 
 
@@ -293,10 +268,8 @@ def test_data_files_are_read_rightly_or_refused_with_the_line(content, expected,
         return
     with pytest.raises(ValueError, match=expected) as error:
         load_problems(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400 + len(str(path))
-    str(error.value).encode()
+    said = str(error.value)
+    assert str(path) in said and "\n" not in said and len(said.encode()) < 400 + len(str(path))
 
 
 def lines_of(name, count, repeat=1):

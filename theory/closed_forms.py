@@ -1,12 +1,11 @@
-"""How a gradient step changes the entropy of a softmax policy, in closed form: theory/README.md.
+"""Entropy of a softmax policy after a gradient step, in closed form: see theory/README.md.
 
-With logits z, p = softmax(z), x = log p and H = -sum_a p_a x_a, a step eta v of the logits gives
+With p = softmax(z), x = log p and H = -sum_a p_a x_a, a step eta v of the logits gives
 
     dH = -eta * sum_a g_a v_a,        g = p * (x + H),        gbar = sum_a p_a g_a >= 0
 
-to first order. Changes are in nats per unit of eta; use float64. `z` and `w` are `[..., V]` logits and
-weights (1 for a rewarded token and 0 for another, or graded; not all 0). `T` is a number or `[...]`
-above zero; torch.inf gives the limit of ever hotter sampling. Results are `[...]`.
+to first order. Results are `[...]`, in nats per unit of eta. z and w are `[..., V]`: float64 logits,
+and weights (1 for a rewarded token, 0 for another, or graded). T > 0 is a number, inf or `[...]`.
 """
 
 import torch
@@ -63,16 +62,10 @@ def dh_objective(z, w, T):
 
 
 def dh_objective_dt(z, w, T):
-    """d dH / dT = Cov_{p_T}(w (g - gbar), x) / T^2, for weights that T does not change (section 6)."""
+    """d dH / dT = Cov_{p_T}(w (g - gbar), x) / T^2 for a w without T in it (section 6)."""
     g, gbar = sensitivity(z)
     f = w * (g - gbar[..., None])
     return covariance(log_policy(z, T).exp(), f, log_policy(z)) / T**2
-
-
-def advantages(z, w, T):
-    """GRPO's (w - P) / sqrt(P (1 - P)), P = E_{p_T}[w], `[..., V]`; w is 0 or 1 (section 7)."""
-    P = expectation(log_policy(z, T).exp(), w)[..., None]
-    return (w - P) / (P * (1 - P)).sqrt()
 
 
 def crossing_temperature(z, w):

@@ -3,8 +3,12 @@
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("error: the pictures need matplotlib: pip install -e '.[plot]'")
 
 sys.path.append(str(Path(__file__).parents[1]))  # for the closed forms, beside the theory
 

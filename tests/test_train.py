@@ -3,19 +3,15 @@
 import copy
 import json
 import math
-import os
-import random
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_helpers import ROOT, go, metrics_of, rows_of, step_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import countdown
@@ -24,67 +20,37 @@ import rollout
 import scope_rl
 import train
 
-ROOT = Path(__file__).parents[1]
-EASY = """
-import countdown
-
-def task(config):
-    return countdown.task(config)._replace(reward=lambda problem, completion: float(len(completion) % 2))
-"""
-TIMES = ("rollout_seconds", "step_seconds")
-SMALL = shlex.split(
-    "--preset tiny --generation_batch_size 32 --num_generations 4 --max_steps 4 --save_steps 2 "
-    "--num_eval_problems 3 --num_eval_generations 4 --learning_rate 1e-2"
-)
-
 
 @pytest.fixture
-def arguments(model_folder, tmp_path):
+def line(run_line):
     """Countdown with a reward that a random model earns half of the time, so that there is something to learn."""
-    (tmp_path / "easy.py").write_text(EASY)
-    model = ["--model", str(model_folder), "--task", str(tmp_path / "easy.py")]
-    return [*SMALL, *model, "--output_dir", str(tmp_path / "run")]
+    return f"{run_line} --learning_rate 1e-2"
 
 
-def set_up(arguments, more="", folder=None):
-    """A run that has not begun; `more` is a command line."""
-    more = [*shlex.split(more), *(["--output_dir", str(folder)] if folder else [])]
-    return train.set_up(train.parse_config([*arguments, *more]))
+def set_up(line, folder=None):
+    """A run that has not begun."""
+    more = f" --output_dir {folder}" if folder else ""
+    return train.set_up(train.parse_config(shlex.split(line + more)))
 
 
-def run(arguments, more="", folder=None):
+def run(line, folder=None):
     """A whole run."""
-    one = set_up(arguments, more, folder)
+    one = set_up(line, folder)
     train.train(one)
     one.lock.release()
     return one
 
 
-def after_one_step(arguments, more="", folder=None, reward=None):
+def after_one_step(line, folder=None, reward=None):
     """A run after one step, and the step's metrics; `reward` is every completion's, if given."""
-    one = set_up(arguments, more, folder)
+    one = set_up(line, folder)
     if reward is not None:
         one.task = one.task._replace(reward=lambda problem, completion: reward)
     return one, train.train_step(one)[0]
 
 
-def go(arguments, more=""):
-    """The command line in this process. Returns what it says when it ends early, else None."""
-    try:
-        train.main([*arguments, *shlex.split(more)])
-    except SystemExit as stop:
-        return stop.code
-    return None
-
-
-def metrics_of(folder, without=TIMES):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in without} for row in rows]
-
-
-def weights_of(arguments):
-    """The weights that a run begins with."""
-    return AutoModelForCausalLM.from_pretrained(arguments[arguments.index("--model") + 1]).state_dict()
+def weights_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
 def spy(one, name):
@@ -274,19 +240,6 @@ def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size, monke
         assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 
-def test_mini_batches_share_the_batch_without_changing_its_scale(arguments, tmp_path):
-    """At a learning rate of nearly 0 they have the loss of one batch in all, and gradients as long."""
-    results = []
-    for count in (1, 2, 4):
-        more = f"--num_mini_batches {count} --learning_rate 1e-12 --scope_share 2 --entropy_coef 0.1"
-        results.append(after_one_step(arguments, more, tmp_path / str(count))[1])
-    assert results[0]["scope_positive_frac"] > 0
-    assert abs(results[0]["loss"]) > 0.1
-    for metrics in results[1:]:
-        assert metrics["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
-        assert metrics["grad_norm"] >= 0.9 * results[0]["grad_norm"]  # a mean is no longer than its parts
-
-
 def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
     """bfloat16 autocast and gradient checkpointing: the same step up to rounding, with float32 weights throughout."""
     plain, expected = after_one_step(arguments, "", tmp_path / "a")
@@ -469,62 +422,6 @@ def test_the_instruction_is_the_tasks_or_ones_own(arguments, tmp_path, monkeypat
     assert asked == [countdown.INSTRUCTION, "Be brief."]
 
 
-def test_killed_at_a_random_moment_a_run_resumes_as_if_it_had_not_been(arguments, tmp_path):
-    """SIGKILL to a real process; from the checkpoint on the metrics equal those of a run that was left alone."""
-    line = [*arguments, "--max_steps", "40", "--save_steps", "7"]
-
-    def start(folder, *more):
-        command = [sys.executable, "train.py", *line, "--output_dir", str(tmp_path / folder), *more]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "theory" / "tiny")}
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-
-    assert start("whole").wait() == 0
-    moment = random.Random()  # really random: any moment must do
-    rows = moment.randrange(1, 39)
-    print(f"killed after {rows} rows")
-    killed = start("killed")
-    path = tmp_path / "killed" / "metrics.jsonl"
-    while not path.exists() or len(path.read_text().splitlines()) < rows:
-        assert killed.poll() is None
-        time.sleep(0.001)
-    time.sleep(moment.random() * 0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    with open(path, "a") as file:
-        file.write('{"step": 99, "rew')  # a row cut off in the middle
-    assert start("killed", "--resume").wait() == 0
-    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    evaluations = [(tmp_path / folder / "eval.json").read_text() for folder in ("killed", "whole")]
-    assert evaluations[0] == evaluations[1]
-
-
-def test_a_crash_while_saving_leaves_the_last_good_checkpoint(arguments, tmp_path, monkeypatch):
-    run(arguments, "--max_steps 2")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")}
-    monkeypatch.setattr(torch, "save", lambda content, path: (path.write_bytes(b"half"), 1 / 0))
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint.pt: division by zero"):
-        run(arguments, "--resume --max_steps 4")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("checkpoint*")} == before
-    monkeypatch.undo()
-    assert set_up(arguments, "--resume --max_steps 4").step == 2
-
-
-def test_resumed_a_run_goes_on_from_its_checkpoint_or_else_from_the_start(arguments, tmp_path, monkeypatch):
-    """Both end as the run that was not stopped; what was evaluated before training is not evaluated again."""
-    written, write = [], train.write_whole
-    monkeypatch.setattr(train, "write_whole", lambda path, x: written.append(path.name) or write(path, x))
-    run(arguments)
-    run(arguments, "--max_steps 2", tmp_path / "stopped")
-    for evaluations in (1, 2):  # resumed after step 2; then with rows, but without a checkpoint
-        written.clear()
-        run(arguments, "--resume", tmp_path / "stopped")
-        assert written.count("eval.json") == evaluations
-        assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "run")
-        files = [(tmp_path / name / "eval.json").read_text() for name in ("stopped", "run")]
-        assert files[0] == files[1]
-        (tmp_path / "stopped" / "checkpoint.pt").unlink()
-
-
 def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypatch):
     """Weights, AdamW's moments and counters, the rule, and what was seen; rows written after it go."""
     saved, save = [], train.save_checkpoint
@@ -552,22 +449,6 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
             assert torch.equal(value, resumed.optimizer.state[b][name])
     assert isinstance(resumed.optimizer, torch.optim.AdamW)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0
-
-
-def test_a_run_is_not_resumed_on_other_problems_or_to_fewer_steps(arguments, tmp_path):
-    data = tmp_path / "data.jsonl"
-    lines = [json.dumps({"question": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in range(40)]
-    data.write_text("".join(lines))
-    more = f"--task gsm8k --train_file {data}"
-    finished = run(arguments, f"{more} --max_steps 2")
-    assert [len(finished.task.train), len(finished.task.test)] == [36, 3]
-    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert re.match("error: 2 steps are done", go(arguments, f"{more} --resume --max_steps 1"))
-    data.write_text("".join(["\n", '{"question": "1+2=", "answer": 3}\n', *lines]))
-    assert re.match("error: cannot resume .* other problems", go(arguments, f"{more} --resume"))
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
-    data.write_text("".join(lines))
-    assert go(arguments, f"{more} --resume") is None
 
 
 # --- What ends a run
@@ -631,12 +512,6 @@ def test_eight_idle_steps_of_ten_are_said_once_with_their_reason(
         (0.1, 0.0, "easier"),
     ):
         assert advice in train.reason([{"truncated_frac": truncated, "reward": R}] * 10)
-
-
-def test_truncated_completions_earn_nothing(arguments):
-    _, metrics = after_one_step(arguments, "--max_completion_length 3", reward=1.0)
-    assert 0 < metrics["truncated_frac"] < 1
-    assert metrics["reward"] == pytest.approx(1 - metrics["truncated_frac"])
 
 
 @pytest.mark.slow

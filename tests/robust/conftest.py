@@ -1,11 +1,8 @@
-"""A model, a task that a random model is rewarded for half of the time, data, and runs to resume."""
-
-import json
-import shutil
+"""Runs to resume, and a place where nothing may begin."""
 
 import pytest
 import torch
-from robust_helpers import EASY, SMALL, go
+from run_helpers import SMALL, go
 
 import reward
 import rollout
@@ -17,22 +14,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def home(model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(model_folder, folder / "policy")
-    (folder / "easy.py").write_text(EASY)
-    rows = [{"question": f"{i}+{i}=", "answer": 2 * i} for i in range(1, 21)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture
-def run_line(home, tmp_path):
-    """Four steps on the small model, into the test's own folder."""
-    return f"{SMALL} --model {home}/policy --task {home}/easy.py --output_dir {tmp_path}/run"
 
 
 @pytest.fixture(scope="session")

@@ -246,7 +246,7 @@ def rivals() -> str:
     """A row a rule: how soon, how close, how low at each target, and what SCOPE has beyond it."""
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
     rows = []
-    for label in experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]:
+    for label in ("SCOPE", *experiments.RIVALS, "SCOPE, published rule", "AEPO"):
         known = [cells[H0][label].values() for H0 in TARGETS if label in cells[H0]]
         if not known:
             continue

@@ -1,7 +1,7 @@
 r"""Verifiable rewards: tasks whose answers a program can check, and measures of what was solved.
 
-A verifiable reward needs no judge. The final answer is read from the completion and compared with the
-right one: R = 1 if they agree, else 0. A problem of GSM8K (Cobbe et al. 2021) looks like this:
+A verifiable reward needs no judge. The final answer is read from the completion and compared with
+the right one: R = 1 if they agree, else 0. A problem of GSM8K (Cobbe et al. 2021) looks like this:
 
     question  Natalia sold clips to 48 of her friends in April, and then she sold half as many clips
               in May. How many clips did Natalia sell altogether in April and May?
@@ -9,9 +9,9 @@ right one: R = 1 if they agree, else 0. A problem of GSM8K (Cobbe et al. 2021) l
               Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.
               #### 72
 
-The final answer stands after the last `####`, or in the last `\boxed{}`. Without either, the last number
-of the completion is taken. Answers agree if they are the same number or the same text, whatever their
-notation. Completions are hostile input: nothing in them is evaluated, and each pattern takes linear time.
+The final answer stands after the last `####`, or in the last `\boxed{}`. Without either, the last
+number of the completion is taken. Answers agree if they are the same number or the same text, in any
+notation. Completions are hostile: nothing in them is evaluated, and patterns take linear time.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Problems to train and to evaluate on, what is said after each, and R(problem, completion) in [0, 1]."""
+    """Problems for training and evaluation, what is said after each, and R(problem, completion)."""
 
     train: list[Problem]
     test: list[Problem]
@@ -43,7 +43,7 @@ class Task(NamedTuple):
 
 
 # --- Reading answers
-# Where an answer stands: on the line of the last ####, after words like "The answer is", or in a box.
+# Where an answer stands: after the last #### and words like "The answer is", or in a box.
 LABEL = r"[#*_\s]*(?:(?:the )?(?:final )?answer(?![a-z])(?: is\b)?[:*_$\s]*)?"
 MARKED = re.compile(rf"(?is).*####{LABEL}([^\n]*)(.*)")  # this line, and the text below it
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
@@ -64,7 +64,7 @@ NOTATION = [
     (rf"([0-9] ?(?:{UNIT}|[a-z/]{{3,20}}))(?: ?\^)?\{{?[23]\}}?(?![0-9])", r"\1"),  # cm^2, m/s^2
 ]
 
-# A number may have a unit, words before it and words after it, but none that make it another number.
+# A number, with a unit and words around it, except the words that make it another number.
 DIGITS = r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?"
 BEFORE = r"\D*(?::|\b(?i:is|are|was|has|have|costs|about|total)) "
 OTHER = r"or\b|and an?\b|(?i:[ap]\.?m\b)|hal[fv]|third|quarter|squared|cubed|dozen|hundred|thousand|\w+illion"
@@ -73,7 +73,7 @@ NUMBER = re.compile(rf"(?:{BEFORE})?({DIGITS}){UNIT}?(?:/(?:[hs]|[a-z]{{2,}}))?[
 
 
 def plain(text: str) -> str:
-    r"""The text without notation: `**\$1{,}200**.` is `1200`, `\text{(E)}` is `E`, `42 cm^2` is `42 cm`."""
+    r"""The text without notation: `**\$1{,}200**.` is `1200`, `42 cm^2` is `42 cm`, `(E)` is `E`."""
     for pattern, replacement in NOTATION:
         text = re.sub(pattern, replacement, text)
     return text.rstrip(" .,:;!?-_()\"'").lstrip(" ,:;!?_()\"'")
@@ -91,7 +91,7 @@ def value(answer: str) -> Decimal | str:
 
 
 def stated_answer(text: str) -> str | None:
-    r"""What stands after the last `####`, or else in the last `\boxed{}`. None if there is neither."""
+    r"""What stands after the last `####`, or else in the last `\boxed{}`, or else None."""
     boxes = BOX.findall(text)
     marked = MARKED.match(text)
     if marked:
@@ -137,8 +137,8 @@ def gold_answer(answer: str | float) -> str:
 def load_problems(path: str | Path) -> list[Problem]:
     r"""Read a JSONL file of questions and answers. Of equal questions the first is kept.
 
-    An answer is short, as `42`, `$42$` or `Paris`, or a solution with `####` or a `\boxed{}` that marks it.
-    Raises ValueError, naming file and line, if a line is not a problem or no completion can earn its answer.
+    An answer is short, as `42` or `Paris`, or a solution that marks it with `####` or a `\boxed{}`.
+    Raises ValueError, naming file and line, if a line is no problem, or if no completion can earn 1.
     """
     expected = 'expected an object like {"question": "...", "answer": "... #### 42"}'
     with one_line_error(f"cannot read the data file {path}"):
@@ -153,7 +153,7 @@ def load_problems(path: str | Path) -> list[Problem]:
             question, answer = record["question"], record["answer"]
             if not isinstance(question, str) or not question.strip():
                 raise ValueError("the question is empty or no text")
-            (question + str(answer)).encode()  # fails for half a surrogate pair, which no tokenizer takes
+            (question + str(answer)).encode()  # fails for half a surrogate pair, as tokenizers do
             if question not in problems:
                 problems[question] = Problem(question, gold_answer(answer))
     if not problems:
@@ -171,7 +171,7 @@ SHA256 = {
 
 
 def download(split: str) -> Path:
-    """The "train" or "test" file of GSM8K, downloaded to $SCOPE_RL_CACHE or ~/.cache/scope_rl if need be."""
+    """GSM8K's file "train" or "test", kept in $SCOPE_RL_CACHE or ~/.cache/scope_rl; or ValueError."""
     folder = Path(os.environ.get("SCOPE_RL_CACHE") or Path.home() / ".cache" / "scope_rl")
     path = folder / f"gsm8k-{split}.jsonl"
     if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[split]:
@@ -212,14 +212,14 @@ def reward_of(task: Task, problem: Problem, completion: str) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Pass@k's unbiased estimate (Chen et al. 2021, equation 1) from c right of n; or ValueError."""
+    """Pass@k's unbiased estimate (Chen et al. 2021, eq. 1) from c right of n; or ValueError."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def distinct_correct(texts: list[str], rewards: list[float]) -> int:
-    """How many different right answers a prompt's completions hold; white space makes no difference."""
+    """How many different right answers a prompt's completions hold, whatever their white space."""
     right = [text for text, reward in zip(texts, rewards, strict=True) if reward == 1]
     return len({" ".join(text.split()) for text in right})
 

@@ -329,9 +329,9 @@ class Config:
     scope_alpha: float = option(1 / 64, "alpha, the weight of the term", laptop=2.0, tiny=1.0)
     scope_share: float = option(1 / 64, "auxiliary samples per ordinary one", laptop=0.5, tiny=0.25)
     scope_temperature_min: float = option(0.8, "lower clip of T", 0.9, 0.5, minimum=0.01)
-    scope_temperature_max: float = option(1.2, "upper clip of T", 1.75, 1.5, minimum=0.01)
+    scope_temperature_max: float = option(1.2, "upper clip of T", 1.5, 1.5, minimum=0.01)
     scope_gain: float = option(1.0, "temperature per nat", tiny=8.0)
-    scope_integral_gain: float = option(0.0, "per nat and step; the paper has 0", 0.1, 0.4)
+    scope_integral_gain: float = option(0.0, "per nat and step; the paper has 0", 0.2, 0.4)
     scope_max_boost: float = option(1.0, "largest factor of alpha while T is at T_max", minimum=1)
 
     bf16: bool = option(True, "body in bfloat16, with checkpointing", False, False, group="machine")

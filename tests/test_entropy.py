@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from entropy import (
-    ChunkedHead,
-    entropy_temperature_derivative,
-    logprobs_and_entropies,
-    masked_mean,
-    token_entropy,
-)
+import entropy
+from entropy import logprobs_and_entropies, masked_mean, token_entropy
 
 
 def test_entropy_of_known_distributions():
@@ -38,7 +33,7 @@ def test_a_token_that_cannot_be_drawn_adds_nothing(impossible, T=0.7):
     for z in (rest, torch.cat([rest, torch.tensor([impossible])])):
         H = token_entropy(z, T)
         gradient = torch.autograd.grad(H, rest, retain_graph=True)[0]
-        results.append([H.detach(), gradient, entropy_temperature_derivative(z.detach(), T)])
+        results.append([H.detach(), gradient, entropy.entropy_temperature_derivative(z.detach(), T)])
     torch.testing.assert_close(results[0], results[1])
     assert token_entropy(torch.tensor([0.0, impossible])).item() == 0.0
 
@@ -50,7 +45,7 @@ def test_temperature_derivative_against_autograd_and_finite_differences(scale):
     (by_autograd,) = torch.autograd.grad(token_entropy(logits, T).sum(), T)
     h = 1e-5
     by_difference = (token_entropy(logits, T.detach() + h) - token_entropy(logits, T.detach() - h)) / (2 * h)
-    closed_form = entropy_temperature_derivative(logits, T.detach())
+    closed_form = entropy.entropy_temperature_derivative(logits, T.detach())
     assert (closed_form >= 0).all()
     torch.testing.assert_close(closed_form, by_autograd, atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(closed_form, by_difference, atol=1e-8, rtol=1e-6)
@@ -89,7 +84,7 @@ def test_chunked_scoring_equals_float64_log_softmax(chunk_size, used):
 def test_the_gradient_in_closed_form_is_that_of_finite_differences_in_float64():
     hidden, tokens = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randint(13, (9,))
     weight = torch.randn(13, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: ChunkedHead.apply(h, w, tokens, 4), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: entropy.ChunkedHead.apply(h, w, tokens, 4), (hidden, weight))
 
 
 def test_no_tensor_of_all_logits_ever_exists():

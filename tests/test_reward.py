@@ -21,29 +21,25 @@ from reward import Problem, answer_reward, load_problems, pass_at_k
 
 # --- Answers: a gold answer, completions that are right for it, and completions that are not; | parts them, ⏎ ends a line.
 ANSWERS = [
-    # The mark, the box, the last number, and which of them counts.
+    # The mark, the box, the last number, and which of them counts. A heading is no answer.
     ("42", r"#### 42|####42|####  42  |#### 42.|#### 42,|##### 42|####⏎42|#### 1⏎#### 42|#### 42⏎and 43|#### 42⏎Thanks!|42|so it is 42|it is 42.|41 or 42", r"|####|#### |#### 41|#### 42⏎#### |#### 1⏎####|no number|41 or 43|42 = 43|it is 42, in 3 steps"), ("42", r"\boxed{42}|\boxed{ 42 }|\boxed {42}|\fbox{42}|\boxed{41} no, \boxed{42}|$\boxed{42}$.|\boxed{42} in 3 steps|\boxed{42} apples|\[\boxed{42}\]|#### x: \boxed{42}", r"\boxed{41}|\boxed{}|\boxed{43} not 42|\boxed{42|#### \boxed{41} or \boxed{42}|#### \boxed{42} or \boxed{41}"),
     ("3", r"1 \boxed{2} #### 3⏎4|\boxed{2}⏎#### 3|#### 3⏎\boxed{4}|1 \boxed{3} 4", r"#### 2⏎\boxed{3}|1 \boxed{2} 3"), ("42", r"A: 42|A:42|#### Answer: 42|#### **Answer:** 42|#### Final Answer: 42|**Final Answer:** 42|#### The final answer is 42.|#### The answer is: $42$|#### Final Answer⏎42|#### Final Answer⏎⏎**42**|#### Answer⏎$$⏎42⏎$$|<answer>42</answer>", r"#### Answer|#### Final Answer⏎41"), ("42", r"#### The final answer is: $\boxed{42}$. I hope it is correct.|The answer is 42. I hope it helps.|The answer is **42**.|so x = 42, as wanted|#### 42⏎⏎Let me explain why.|#### 42⏎#### 42 ", r"The answer is 41. I have 2 hopes."),
-    # A heading is no answer.
     ("42", r"#### Final Answer⏎\boxed{42}|#### Step 2: the total⏎6*7 = 42⏎⏎\boxed{42}|\boxed{42}⏎#### Check⏎6*7 is right|#### 4. Sum up⏎\boxed{42}|#### 2) Sum up⏎so \boxed{42}.|#### **Step 1:** add⏎then⏎#### 42|### Answer⏎\boxed{42}", r"#### Step 42: the sum⏎we are done|#### Step 42|#### Part 42⏎and so on|#### 42. Sum up⏎we add|#### 42) Sum up|#### Case 42⏎\boxed{41}|#### Adding the 42 numbers⏎It is 41."), ("4", r"#### 4", r"#### Step 4: the sum⏎Thus it is \boxed{42}|#### Step 4: the sum⏎Thus it is 42.|#### 4. The sum⏎\boxed{42}|it is 10:04"),
     # Notation around a number.
     ("42", r"#### $42|#### $42.00|#### $42$|#### (42)|#### [42]|#### **42**|#### **$42$**|#### *42*|#### __42__|#### `42`|#### \(42\)|\[42\]|\boxed{\text{42}}|\boxed{\mathbf{42}}|\boxed{\$42}|\boxed{$42$}|\boxed{42.}|€42|#### £42.00|#### 42 €|#### 42!|#### \boxed{42}|Final Answer: **42**", r"#### 4$2|#### 4**2|#### 4$$2|#### 4*2|#### 4_2|#### 4 2"), ("42", r"#### 42.0|#### 042|#### +42|#### 4.2e1|#### 42e0|#### 420e-1|#### 42E+0", r"#### 42.5|#### .42|#### 0.42|#### 4.2|#### 4,2|#### 42,5|#### 42e1|#### 42e|#### 42e400|#### 42.42.42|#### 0x2A|#### forty-two|#### nan|#### ٤٢|#### ４２|#### 042.1"),
     ("42", r"#### x = 42|#### x=42|\boxed{x = 42}|#### = 42|#### 40 + 2 = 42|6 * 7 = 42.|#### 6 * 7 = $42.|#### 6 \times 7 = 42|#### 84/2 = 42|#### a = b = 42|#### ½ of 84 = 42|#### ٤ = 42|#### Total = $42", r"#### 42 = 43|#### 42 =|#### 1 = 42 = 42 or 42|#### x = 41, y = 42|#### x = 41 or x = 42|#### x = 42 or x = 41|#### x != 42|#### x >= 42"), ("72", r"#### 6 * 12 = $72.|6 * 12 = \$72.|so 48 + 24 = 72.⏎#### 72|#### 72⏎is wrong: 71|\boxed{1} or \boxed{72}", r"#### 1 2 72|72 or 73|#### 7"), ("72", "", " |\x00|2+5+7+5; import os|__import__('os')|2+5+7+5|2+5+7+5\n19|٢+٥+٧+٥|9**9**9**9|1e999999|#### inf|#### 1e400|\ud800"),
-    # Units, and words.
+    # Units and words, and what makes another number of a number.
     ("42", r"#### 42 apples|#### 42 apples in all|#### 42%|#### 42 percent|#### 42nd|#### 42cm|#### 42 cm|#### 42 km/h|#### 42km/h|#### 42 L|#### 42 °C|#### 42°|\boxed{42^\circ}|\boxed{42^{\circ}}|#### $42 a day|#### $42/hour|#### 42 miles per hour|#### 42 (forty-two)|#### the answer is 42.|#### 42 is the answer|#### He has 42 apples|#### about 42|\boxed{\text{42 apples}}", r"#### 42 dollars and 0 cents|#### 42 43|#### not 42|#### more than 42|#### at least 42|#### B42|#### x42"),
     ("42", r"#### 42 cm^2|#### 42cm^2|#### 42 cm^{2}|#### 42 cm²|#### 42 cm2|#### 42 m^3|#### 42 ft^3|#### 42 in^2|#### 42 units^2|#### 42 square units|#### 42 m/s^2|\boxed{42 \text{ cm}^2}|\boxed{42\,\text{cm}^2}|\boxed{42\ \mathrm{m}^3}|it is 42 cm^2.|so 42 \text{ m}^2|area = 42 m^2", r"#### 42^2|#### 42²|#### 42**2|#### 10^42|#### 42^x|#### 42 m^2 and 1 m^2"), ("2", r"#### 2|1/2 of 4 is 2", r"#### 42 cm^2|it is 42 cm^2|it is x^2|it is x²|#### 1/2|\boxed{\frac{1}{2}}|\boxed{\frac{\sqrt{3}}{2}}|it is 1/2|it is \frac{1}{2}|it is \frac12|#### 2 1/2|#### 2½|#### 2:1|#### 2 000|#### 2 squared"),
-    # What makes another number of a number.
     ("42", r"#### 42", r"#### 42 or 43|\boxed{42 or 43}|#### 42 (or 43)|#### 42 and 43|#### 42, 43|\boxed{42, 43}|\boxed{(42, 43)}|it is (41,42)|#### 42-43|#### 42 - 43|#### 42–43|it is 41-42|#### between 42 and 50|\boxed{41 \text{ or } 42}|#### 41 < x < 42|#### x > 42|#### x \geq 42|\boxed{x \ne 42}|\boxed{\pm 42}|#### 42x|#### 42 x|\boxed{42x}|\boxed{42\pi}|\boxed{42 \pi}|\boxed{42\sqrt{2}}|\boxed{\sqrt{42}}|it is \sqrt{42}|\boxed{x^{42}}|#### x_42|#### 42i|#### 42 + x|#### 42 - x|#### 42 x 1|#### 42*2|#### 2*42|#### 42(x+1)|#### 42/1|#### 42/x|#### 1/42|it is 1/42|it is \frac{1}{42}|\frac{1}{42}|#### \frac{42}{1}|#### 42 million|it is 42 million|#### 42 thousand|#### 42k|#### 42 dozen|#### 42 hundredths|#### 42 and a half|#### 42½|#### 42 1/2|#### 42 halves|#### 42 am|#### 42:30|it is 42:30|it is 1:42|#### - 42"), ("42", "#### 42\r\nand 43|#### 42\u00a0apples", "#### 42\u202843|#### 42\r43"),
-    # Thousands.
+    # Thousands, signs, decimals, percentages.
     ("1200", r"#### 1,200|#### $1,200.00|#### 1,200 apples|#### 1.2e3|it is 1,200.|\boxed{1{,}200}|\boxed{1\,200}|\boxed{1,\!200}|\boxed{1\!200}|\boxed{1\;200}|\boxed{1\ 200}|it is $1{,}200$.|it costs 1\,200 dollars.|\boxed{1{,}200\text{ cm}^2}", r"#### 1 200|#### 12,00|#### 1,20|\boxed{1\,20}|\boxed{1{,}2}|#### 1.200|#### 1'200|#### 1_200|it is 1, 200|\boxed{(1, 200)}|#### 1,200,000|it is 1{,}200{,}000|\boxed{200}|\boxed{1}"), ("1200", "#### 1\u202f200|#### 1\u00a0200", "#### 1\u2028200|#### 1\n200"), ("200", r"#### 200", r"\boxed{1\,200}|\boxed{1{,}200}|#### 1,200|it is 1{,}200|it is 1\,200|#### 1 200"), ("1000", r"#### 1000|#### 1e3|#### 1E3|#### 1.0e+3|#### 10^3 = 1000", r"#### 1,00|#### 10,00|#### 1000,000|#### 1,000,00|#### 10^3|#### 1e2|#### 1e33"),
     ("1234567", r"#### 1,234,567|\boxed{1{,}234{,}567}|\boxed{1\,234\,567}", r"#### 1,234567|#### 1234,567|#### 12,34,567|#### 234567"), ("12345", r"#### 12,345", r"1,2345|it is 1,2345|#### 1,2345"), ("34", r"#### 34", r"pages 3, 4|#### 3, 4|#### 3,4"), ("1", r"#### 1|#### 1.0|#### 1e0|#### 2/2 = 1|#### 0001", r"#### 1/2|#### 1,000|#### 1 000|#### 1_000|#### 1'000|#### -1|#### .1|#### 1:30|#### 1-2|\boxed{1/2}|#### 10^1"),
-    # Signs, decimals, percentages.
     ("5", r"#### 5|#### 10-5=5|10 - 5 = 5|#### 5.|#### 5-", r"#### −5|#### -5|#### .5|#### 0.5|#### 10-5|\boxed{-5}|\boxed{−5}|so x is −5"), ("-5", r"#### -5|#### −5|#### -5.0|#### -$5|#### $-5|#### $-5$|#### (-5)|#### 5 - 10 = -5|\boxed{-5}|\boxed{−5}|it is −5.|#### x=-5|so x=-5|#### -5 degrees|#### -5°C|\boxed{-5\text{ m}}|#### -5%|10 - -5", r"#### 5|#### 10-5|#### - 5|#### 0-5|it is 10-5|\boxed{5}|#### \pm 5|#### -5 or 5|#### 5-|#### -50|#### -5/1"), ("−5", r"#### -5|#### −5|\boxed{−5}", r"#### 5"), ("-7", r"10 - -7", r"10-7|#### 10-7"), ("7", r"10 - 3 = 7|10-3=7", r"so 12 is 5+7, 10-7|#### 10-7"), ("0.5", r"#### .5|#### 0.5|#### 0.50|#### $.50|#### 5e-1|#### 1/2 = .5|\boxed{.5}|it is .5", r"#### 5|#### 1/2|#### 0,5|#### -.5|#### 0 5|#### ..5.5|#### 50%"), (".5", r"#### .5|#### 0.5", r"#### 5|#### 1.5"),
     ("29", r"#### $29.00|#### 29.|#### 29.000 kg|it is $29.00.|#### 2.9e1", r"#### 29.01|#### 2900|#### 29.00.00"), ("29.00", r"#### 29|#### $29|\boxed{29.0}", r"#### 29.1|#### 2900"), ("28%", r"#### 28|#### 28 %|\boxed{28\%}|\boxed{28 \%}|#### 28.0%|#### 28 percent|so it is 28\%.", r"#### 29%|#### 0.28|#### 28% or 29%|#### 28-29%|#### 28%-29%|#### 128%"), ("0", r"#### 0|#### 0.0|#### -0|#### zero = 0|it is 0", r"|#### |#### 0.1|#### 10|#### -|#### none|#### 1:0"), ("120", r"#### 5! = 120", r"#### 5!"),
     # Gold answers in any notation.
     *[(gold, r"#### 42|\boxed{42}|so it is 42|#### 42 apples|#### \boxed{42}|#### **42**", r"#### 43|\boxed{43}|#### 42 or 43|#### 2|") for gold in [
-        "$42$", "\\boxed{42}", "**42**", "42 apples", "42%", "42\\%", "$42.00", "42 cm^2", "42 \\text{ cm}^2", "(42)", "x = 42", "42.", "The answer is 42.", "\\(42\\)",
-        "so 6*7 is this\n#### 42", "The area is\n\\boxed{42\\text{ cm}^2}.", "#### Final Answer\n42", "#### \\boxed{42}"]],
+        "$42$", "\\boxed{42}", "**42**", "42 apples", "42%", "42\\%", "$42.00", "42 cm^2", "42 \\text{ cm}^2", "(42)", "x = 42", "42.", "The answer is 42.", "\\(42\\)", "so 6*7 is this\n#### 42", "The area is\n\\boxed{42\\text{ cm}^2}.", "#### Final Answer\n42", "#### \\boxed{42}"]],
     ("1,200", r"#### 1200|#### 1,200|#### 1,200.0", r"#### 1,200,000|#### 12,00|#### 200|#### 1"), ("1\\,200", r"#### 1200|\boxed{1{,}200}", r"#### 200"), ("$1,200.50", r"#### 1200.5|\boxed{\$1{,}200.50}", r"#### 1200|#### 1,200.05"), ("", r"", r"|#### |\boxed{}|####|nothing|0"),
     # Letters and words.
     *[(gold, r"\boxed{\text{E}}|\boxed{E}|#### E|#### (E)|#### [E]|#### **E**|#### \boxed{E}|#### \text{E}|#### **(E)**|#### (**E**)|\boxed{\textbf{(E)}}|\boxed{\mathrm{E}}|\boxed{ E }|#### $E$|#### e|#### E.|#### E)|#### \(E\)|#### `E`|#### _E_|#### 'E'|#### Answer: E|#### The answer is (E)|#### Final Answer⏎E|#### E⏎because 3+4 = 7",
@@ -80,8 +76,7 @@ def test_numbers_are_those_that_float_reads():
 
 
 PIECES = [
-    "#### ", "####", "#", "\\boxed{", "}", "{", "{}", "\\frac{1}{2}", "=", "-", "\u2212", "$", ".", ",", "0", "1", "42", "1,200", "e", "E+", "1e9", "/", " ",
-    "\n", "\r", "\x00", "\u2028", "٤", "４", "²", "½", "é", "\ud800", "\U0001f600", "nan", "inf", "9" * 45, "a" * 30, "<|im_end|>", "\\", "(", "+", "2+5+7+5", "%s", "1+", "1,111", "1.", "9",
+    "#### ", "####", "#", "\\boxed{", "}", "{", "{}", "\\frac{1}{2}", "=", "-", "\u2212", "$", ".", ",", "0", "1", "42", "1,200", "e", "E+", "1e9", "/", " ", "\n", "\r", "\x00", "\u2028", "٤", "４", "²", "½", "é", "\ud800", "\U0001f600", "nan", "inf", "9" * 45, "a" * 30, "<|im_end|>", "\\", "(", "+", "2+5+7+5", "%s", "1+", "1,111", "1.", "9",
     "\\text{", "\\text{ cm}^2", "\\,", "{,}", "*", "**a", "_", "`", "[", "]", "<a", "</a>", "answer is ", "the final ", "Answer:", "or ", "x = ", "42 cm^2", "1 a", "^\\circ",
 ]  # fmt: skip
 
@@ -90,9 +85,8 @@ def test_a_hundred_thousand_fuzzed_completions_are_right_or_wrong_and_nothing_el
     """The same for questions and answers and for Countdown; the answer behind the mark at the end is right."""
     rng, right = random.Random(0), 0
     problems = [Problem("?", answer) for answer in ("42", "-5", "0.5", "1,200", "1/2", "\\frac{1}{2}", "E")]
-    for i in range(10**5):
+    for i, problem in zip(range(10**5), itertools.cycle(problems), strict=False):
         text = "".join(rng.choices(PIECES, k=rng.randrange(12)))
-        problem = problems[i % len(problems)]
         got = answer_reward(problem, text), countdown.reward(Problem("2,5,7:19=", "19"), text)
         assert all(type(value) is float and value in (0.0, 1.0) for value in got), text
         if i % 10 == 0:
@@ -122,11 +116,11 @@ GRADED = GSM8K / "example_model_solutions.jsonl"  # from the same repository
 
 
 @pytest.mark.skipif(None in GSM8K_FILES.values(), reason="GSM8K is neither in the cache nor in $GSM8K_DIR")
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_gold_answer_of_gsm8k_is_right_for_itself_and_wrong_for_the_next(split):
+@pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
+def test_every_gold_answer_of_gsm8k_is_right_for_itself_and_wrong_for_the_next(split, count):
     gold = [json.loads(line)["answer"] for line in GSM8K_FILES[split].read_text().split("\n") if line]
     problems = load_problems(GSM8K_FILES[split])
-    assert len(problems) == len(gold) == {"train": 7473, "test": 1319}[split]
+    assert len(problems) == len(gold) == count
     values = [float(p.answer.replace(",", "").replace("$", "")) for p in problems]
     for shift in (0, 1):
         wanted = [float(a == b) for a, b in zip(values[shift:], values, strict=False)]
@@ -195,8 +189,7 @@ def test_pass_at_k_against_enumeration():
         for c in range(n + 1):
             share = sum(any(i < c for i in subset) for subset in subsets) / len(subsets)
             assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
-        chances = [math.comb(n, c) * 0.3**c * 0.7 ** (n - c) for c in range(n + 1)]
-        mean = sum(chance * pass_at_k(n, c, k) for c, chance in enumerate(chances))
+        mean = sum(math.comb(n, c) * 0.3**c * 0.7 ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
         assert mean == pytest.approx(1 - 0.7**k)
     assert 0 < pass_at_k(10**5, 1, 10) < 1  # large numbers stay exact
     for n, c, k in [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)]:
@@ -260,8 +253,8 @@ def test_where_the_problems_of_each_split_come_from(tmp_path, monkeypatch):
     monkeypatch.setattr(reward, "gold_answer", mock.Mock(wraps=reward.gold_answer))
     files = {name: lines_of(name, 11) for name in ("train", "test", "mine", "more")}
     files |= {"both": lines_of("mine", 5) + "\n" + lines_of("more", 11), "one": lines_of("mine", 1, repeat=3)}
-    path = {name: tmp_path / f"{name}.jsonl" for name in [*files, "long"]}
-    path["long"].write_text(lines_of("long", 2000, repeat=100))
+    files["long"] = lines_of("long", 2000, repeat=100)
+    path = {name: tmp_path / f"{name}.jsonl" for name in files}
     for name, text in files.items():
         path[name].write_text(text)
         monkeypatch.setitem(reward.SHA256, name, hashlib.sha256(path[name].read_bytes()).hexdigest())

@@ -12,16 +12,16 @@ from scope_rl import BOOST_RATE, TemperatureRule, group_advantages, objective_ta
 P, G, M, C = 4, 6, 5, 7  # prompts, completions of each, auxiliary samples, tokens
 
 
-def reference_objective(batch, alpha, eps, eps_high, coef):
+def reference_objective(batch, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
     """J of the published equations in plain Python: no masks, no weights, one scalar at a time."""
+    eps_high = eps if eps_high is None else eps_high
     logprobs, old, entropies, lengths, rewards, auxiliary_rewards = batch
 
     def mean_over_tokens(i, advantage):
         total = 0.0
         for t in range(lengths[i]):
             r = (logprobs[i, t] - old[i, t]).exp()
-            clipped = min(max(r.item(), 1 - eps), 1 + eps_high) * advantage
-            total = total + (r * advantage if r.item() * advantage <= clipped else clipped)
+            total = total + min(r * advantage, min(max(r.item(), 1 - eps), 1 + eps_high) * advantage)
         return total / int(lengths[i])
 
     J = 0.0
@@ -51,11 +51,10 @@ def random_batch(seed=0):
     return logprobs, old, entropies, lengths, rewards, auxiliary_rewards
 
 
-def our_loss(batch, rows=None, alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
+def our_loss(batch, rows=slice(None), alpha=0.3, eps=0.2, eps_high=None, coef=0.0):
     logprobs, old, entropies, lengths, rewards, auxiliary_rewards = batch
     mask = torch.arange(C) < lengths[:, None]
     objective = objective_table(rewards, auxiliary_rewards, alpha, coef)
-    rows = slice(None) if rows is None else rows
     old = torch.where(mask, old, math.nan)  # whatever stands in the padding must not matter
     of_rows = [x[rows] for x in (logprobs, old, entropies, mask)]
     return scope_loss(*of_rows, objective.rows(rows), eps, eps_high)
@@ -68,27 +67,20 @@ OPTIONS = {}, {"eps_high": 0.28}, {"coef": 0.1}, {"alpha": 0.0}, {"alpha": 1 / 6
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_gradient_equal_the_loop(seed, options):
     batch = random_batch(seed)
-    loss, _ = our_loss(batch, **options)
-    ours = torch.autograd.grad(loss, batch[0], retain_graph=True)[0]
-    of_entropies = torch.autograd.grad(loss, batch[2])[0]
-    full = {"alpha": 0.3, "eps": 0.2, "coef": 0.0} | options
-    full["eps_high"] = full.get("eps_high") or full["eps"]
-    J = reference_objective(batch, **full)
-    expected = torch.autograd.grad(-J, batch[0], retain_graph=True)[0]
-    if "coef" in options:
-        wanted = torch.autograd.grad(-J, batch[2])[0]
-        torch.testing.assert_close(of_entropies, wanted, atol=1e-14, rtol=1e-10)
-    assert loss.item() == pytest.approx(-J.item(), rel=1e-12)
-    torch.testing.assert_close(ours, expected, atol=1e-14, rtol=1e-10)
+    loss, expected = our_loss(batch, **options)[0], -reference_objective(batch, **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    logprobs, _, entropies, *_ = batch
+    gradients = [torch.autograd.grad(value, (logprobs, entropies)) for value in (loss, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-14, rtol=1e-10)
 
 
 def test_micro_batches_add_up_to_the_batch():
     batch = random_batch(5)
     whole, whole_clipped = our_loss(batch, coef=0.1)
     rows = torch.randperm(P * G + M).split(4)
-    parts = [our_loss(batch, rows=r, coef=0.1) for r in rows]
-    assert sum(clipped for _, clipped in parts) == whole_clipped
-    losses = whole, sum(loss for loss, _ in parts)
+    parts, clipped = zip(*(our_loss(batch, rows=r, coef=0.1) for r in rows), strict=True)
+    assert sum(clipped) == whole_clipped
+    losses = whole, sum(parts)
     torch.testing.assert_close(*losses, atol=0, rtol=1e-12)
     gradients = [torch.autograd.grad(loss, batch[0], retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(*gradients, atol=1e-15, rtol=1e-12)
@@ -225,6 +217,5 @@ def test_the_table_says_what_each_sample_weighs():
     assert with_bonus.entropy_coefs.tolist() == pytest.approx([0.3] * 4 + [0.0] * 3)  # ordinary samples only
     assert with_bonus.has_gradient().tolist() == [True] * 4 + [True, False, False]
     assert not objective_table(rewards, auxiliary, scope_alpha=0.0).has_gradient()[4:].any()
-    some = with_bonus.rows(torch.tensor([5, 0]))
-    numbers = [some.advantages[1], some.weights[0], some.entropy_coefs[1]]
-    assert numbers == pytest.approx([1, 0.2, 0.3], abs=1e-3)
+    A, w, c = with_bonus.rows(torch.tensor([5, 0]))
+    assert [A[1], w[0], c[1]] == pytest.approx([1, 0.2, 0.3], abs=1e-3)

@@ -27,23 +27,22 @@ def line(run_line):
     return f"{run_line} --learning_rate 1e-2"
 
 
-def set_up(line, folder=None):
+def set_up(line):
     """A run that has not begun."""
-    more = f" --output_dir {folder}" if folder else ""
-    return train.set_up(train.parse_config(shlex.split(line + more)))
+    return train.set_up(train.parse_config(shlex.split(line)))
 
 
-def run(line, folder=None):
+def run(line):
     """A whole run."""
-    one = set_up(line, folder)
+    one = set_up(line)
     train.train(one)
     one.lock.release()
     return one
 
 
-def after_one_step(line, folder=None, reward=None):
+def after_one_step(line, reward=None):
     """A run after one step, and the step's metrics; `reward` is every completion's, if given."""
-    one = set_up(line, folder)
+    one = set_up(line)
     if reward is not None:
         one.task = one.task._replace(reward=lambda problem, completion: reward)
     return one, train.train_step(one)[0]
@@ -66,8 +65,8 @@ def spy(one, name):
 
 
 # --- One step
-def test_every_problem_comes_once_a_pass_in_a_new_order(arguments, monkeypatch):
-    one = set_up(arguments)  # 8 problems a step
+def test_every_problem_comes_once_a_pass_in_a_new_order(line, monkeypatch):
+    one = set_up(line)  # 8 problems a step
     problems = [reward.Problem(str(i), "") for i in range(10)]
     one.task = one.task._replace(train=problems)
 
@@ -87,10 +86,10 @@ def test_every_problem_comes_once_a_pass_in_a_new_order(arguments, monkeypatch):
     assert made == [[3, 0], [3, 1]]  # an order is drawn once a pass, however many problems there are
 
 
-def test_a_step_samples_and_counts_as_the_method_says(arguments):
+def test_a_step_samples_and_counts_as_the_method_says(line):
     """Whose completion each row is, its advantage within its prompt's group, and the metrics, one sample at a time."""
     options = "--scope_share 0.5 --scope_alpha 0.3 --entropy_coef 0.2 --max_completion_length 5 --seed 2"
-    one = set_up(arguments, options)
+    one = set_up(f"{line} {options}")
     one.task = one.task._replace(reward=lambda problem, text: len(text) % 3 / 2)  # 0, 0.5 or 1
     one.model.generation_config.eos_token_id = ends = one.tokenizer.convert_tokens_to_ids([*"123", "<eos>"])
     calls, tables = spy(one, "generate"), spy(one, "objective_table")
@@ -136,11 +135,11 @@ def test_a_step_samples_and_counts_as_the_method_says(arguments):
         assert line.endswith(f" -> {samples.texts[i]!r}")
 
 
-def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(arguments):
+def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(line):
     """And its boost the weight of the term; the rule has the run's own constants."""
     gains = "--scope_gain 0.5 --scope_integral_gain 0.2 --scope_max_boost 2 --scope_target_entropy 2.8"
     limits = "--scope_temperature_min 0.9 --scope_temperature_max 1.1 --scope_alpha 0.3"
-    one = set_up(arguments, f"{gains} {limits}")
+    one = set_up(f"{line} {gains} {limits}")
     rule = one.rule
     assert [rule.target, rule.minimum, rule.maximum] == [2.8, 0.9, 1.1]
     assert [rule.gain, rule.integral_gain, rule.max_boost] == [0.5, 0.2, 2]
@@ -160,9 +159,9 @@ SHARES = {"": 8, "--scope_share 0.001": 1, "--scope_share 0": 0, "--algorithm gr
 
 
 @pytest.mark.parametrize(("more", "M"), SHARES.items())
-def test_auxiliary_samples_of_each_algorithm(arguments, more, M):
+def test_auxiliary_samples_of_each_algorithm(line, more, M):
     """A quarter of 32, never fewer than one, and none in GRPO, whose temperature never moves."""
-    one = set_up(arguments, more)
+    one = set_up(f"{line} {more}")
     calls = spy(one, "generate")
     for _ in range(2):
         _, shown = train.train_step(one)
@@ -177,14 +176,13 @@ def plain_gradient_descent(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: sgd(parameters, lr=1.0))
 
 
-def test_an_update_equals_plain_gradient_steps(arguments, monkeypatch):
+def test_an_update_equals_plain_gradient_steps(line, monkeypatch):
     """Against one forward pass a sample, autograd's log_softmax, J's equations, and steps made by hand."""
     plain_gradient_descent(monkeypatch)
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.5)
-    sizes = (
-        "--num_mini_batches 3 --per_device_train_batch_size 3 --generation_batch_size 96 --scope_share 0.5"
-    )
-    one = set_up(arguments, f"{sizes} --epsilon 0.01 --epsilon_high 0.03 --learning_rate 1")
+    sizes = "--num_mini_batches 3 --per_device_train_batch_size 3 --generation_batch_size 96"
+    clips = "--epsilon 0.01 --epsilon_high 0.03"
+    one = set_up(f"{line} {sizes} {clips} --scope_share 0.5 --learning_rate 1")
     dull = {problem.question for problem in train.problems_of_step(one)[::3]}  # all of the first mini-batch
     parity = one.task.reward
     one.task = one.task._replace(reward=lambda p, text: float(p.question not in dull) * parity(p, text))
@@ -226,12 +224,12 @@ def test_an_update_equals_plain_gradient_steps(arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size, monkeypatch):
+def test_micro_batches_do_not_change_the_update(line, model_folder, tmp_path, size, monkeypatch):
     plain_gradient_descent(monkeypatch)
-    more = "--learning_rate 10 --entropy_coef 0.1"
-    whole, expected = after_one_step(arguments, more, tmp_path / "a")
-    parts, got = after_one_step(arguments, f"{more} --per_device_train_batch_size {size}", tmp_path / "b")
-    moved, start = 0.0, weights_of(arguments)
+    line += " --learning_rate 10 --entropy_coef 0.1"
+    whole, expected = after_one_step(line)
+    parts, got = after_one_step(f"{line} --per_device_train_batch_size {size} --output_dir {tmp_path}/parts")
+    moved, start = 0.0, weights_of(model_folder)
     for name, value in whole.model.state_dict().items():
         moved = max(moved, (value - start[name]).abs().max().item())
         torch.testing.assert_close(parts.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
@@ -240,10 +238,10 @@ def test_micro_batches_do_not_change_the_update(arguments, tmp_path, size, monke
         assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 
-def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
+def test_the_gpu_presets_precision_on_a_cpu(line, tmp_path):
     """bfloat16 autocast and gradient checkpointing: the same step up to rounding, with float32 weights throughout."""
-    plain, expected = after_one_step(arguments, "", tmp_path / "a")
-    half, got = after_one_step(arguments, "--bf16", tmp_path / "b")
+    plain, expected = after_one_step(line)
+    half, got = after_one_step(f"{line} --bf16 --output_dir {tmp_path}/half")
     assert half.model.is_gradient_checkpointing
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     assert got["entropy"] == pytest.approx(expected["entropy"], rel=0.05)
@@ -252,33 +250,33 @@ def test_the_gpu_presets_precision_on_a_cpu(arguments, tmp_path):
     assert 0 < max(moved) <= 2.1 * 2 * 1e-3  # AdamW moves a weight by the learning rate at most
 
 
-def test_nothing_to_learn_from_changes_nothing(arguments):
-    one, metrics = after_one_step(arguments, reward=0.0)
-    start = weights_of(arguments)
+def test_nothing_to_learn_from_changes_nothing(line, model_folder):
+    one, metrics = after_one_step(line, reward=0.0)
+    start = weights_of(model_folder)
     assert all(torch.equal(value, start[name]) for name, value in one.model.state_dict().items())
     assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (0.0, 0.0, 0.0)
     assert metrics["entropy"] > 0  # measured all the same
 
 
-def test_one_update_a_step_is_on_policy_and_never_clipped(arguments, tmp_path):
+def test_one_update_a_step_is_on_policy_and_never_clipped(line, tmp_path):
     """What was noted while sampling is what scoring finds: the ratio is 1 up to rounding."""
     for epsilon in ("0.2", "1e-4"):
-        more = f"--num_mini_batches 1 --epsilon {epsilon}"
-        assert after_one_step(arguments, more, tmp_path / epsilon)[1]["clip_fraction"] == 0
+        more = f"--num_mini_batches 1 --epsilon {epsilon} --output_dir {tmp_path}/{epsilon}"
+        assert after_one_step(f"{line} {more}")[1]["clip_fraction"] == 0
 
 
-def test_an_entropy_bonus_raises_the_entropy(arguments, monkeypatch):
+def test_an_entropy_bonus_raises_the_entropy(line, monkeypatch):
     """One step on the bonus alone."""
     plain_gradient_descent(monkeypatch)
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
     more = "--algorithm grpo --learning_rate 5 --num_mini_batches 1 --entropy_coef 1"
-    one, first = after_one_step(arguments, more, reward=0.0)
+    one, first = after_one_step(f"{line} {more}", reward=0.0)
     one.step = one.problems_seen = 0  # the same prompts and random numbers
     assert train.train_step(one)[0]["entropy"] > first["entropy"] + 0.01
 
 
-def test_the_learning_rate_rises_in_ten_steps_and_stays(arguments):
-    one, rates = set_up(arguments), []
+def test_the_learning_rate_rises_in_ten_steps_and_stays(line):
+    one, rates = set_up(line), []
     for step in (0, 1, 8, 9, 10, 400):
         one.step = step
         train.gradient_step(one)
@@ -286,10 +284,10 @@ def test_the_learning_rate_rises_in_ten_steps_and_stays(arguments):
     assert rates == pytest.approx([1e-3, 2e-3, 9e-3, 1e-2, 1e-2, 1e-2])
 
 
-def test_updates_are_in_training_mode_and_sampling_is_not(arguments, monkeypatch):
+def test_updates_are_in_training_mode_and_sampling_is_not(line, monkeypatch):
     """The mode turns gradient checkpointing on, which saves memory in updates and would cost sampling its cache."""
     modes, generate, score = [], rollout.generate, rollout.score
-    one = set_up(arguments, "--max_steps 2")
+    one = set_up(f"{line} --max_steps 2")
     one.generate = lambda m, *a: modes.append(("generate", m.training)) or generate(m, *a)
     monkeypatch.setattr(rollout, "generate", one.generate)  # of evaluations
     monkeypatch.setattr(rollout, "score", lambda m, *a: modes.append(("score", m.training)) or score(m, *a))
@@ -297,20 +295,22 @@ def test_updates_are_in_training_mode_and_sampling_is_not(arguments, monkeypatch
     assert set(modes) == {("generate", False), ("score", True)}
 
 
-def test_seeds_and_steps_sample_differently_from_the_same_prompts(arguments, tmp_path):
+def test_seeds_and_steps_sample_differently_from_the_same_prompts(line, home, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"question": "1+1=", "answer": 2}\n{"question": "1+2=", "answer": 3}\n')
-    more = f"--task gsm8k --train_file {data} --algorithm grpo --learning_rate 0"
-    one, first = after_one_step(arguments, f"{more} --seed 0", tmp_path / "0")
-    _, other = after_one_step(arguments, f"{more} --seed 1", tmp_path / "1")
+    line += f" --task gsm8k --train_file {data} --algorithm grpo --learning_rate 0"
+    one, first = after_one_step(line)
+    _, other = after_one_step(f"{line} --seed 1 --output_dir {tmp_path}/other")
     assert [len(one.task.train), len(one.task.test)] == [1, 1]
+    few = set_up(f"{line} --train_file {home}/data.jsonl --num_eval_problems 1 --output_dir {tmp_path}/few")
+    assert [len(few.task.train), len(few.task.test)] == [18, 1]  # of 18 and 2
     assert len({step["entropy"] for step in (first, other, train.train_step(one)[0])}) == 3
 
 
 # --- Evaluation
-def test_an_evaluation_is_pass_at_k_of_each_problem(arguments, monkeypatch):
+def test_an_evaluation_is_pass_at_k_of_each_problem(line, monkeypatch):
     """Batches that cut through the problems' samples; known rights and wrongs; grades below 1 are no right answers."""
-    one = set_up(arguments, "--generation_batch_size 8")
+    one = set_up(f"{line} --generation_batch_size 8")
     drawn = zip(one.task.test, ("..--", ".a--", "bacb"), strict=True)
     scripts = {one.prompts[problem.question]: iter(texts) for problem, texts in drawn}
     generate, grades, made = rollout.generate, {".": 0.0, "-": 0.5}, []
@@ -332,7 +332,7 @@ def test_an_evaluation_is_pass_at_k_of_each_problem(arguments, monkeypatch):
     assert one.evaluations["before"] == pytest.approx(expected)
 
 
-def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(arguments, tmp_path, monkeypatch):
+def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(line, tmp_path, monkeypatch):
     texts, generate = [], rollout.generate
 
     def noting(*given):
@@ -341,7 +341,7 @@ def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(arguments,
         return samples
 
     for i, more in enumerate(("--seed 1", "--generation_batch_size 8", "--generation_batch_size 56")):
-        one = set_up(arguments, more, tmp_path / str(i))
+        one = set_up(f"{line} {more} --output_dir {tmp_path}/{i}")
         texts.append([])
         with monkeypatch.context() as patch:
             patch.setattr(rollout, "generate", noting)
@@ -383,10 +383,10 @@ def test_help_lists_every_option(capsys):
 
 
 @pytest.mark.parametrize("algorithm", ["scope", "grpo"])
-def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, algorithm):
-    more = f"--algorithm {algorithm} --entropy_coef 0.01 --epsilon_high 0.28"
-    finished, folder = run(arguments, more), tmp_path / "run"
-    rows = metrics_of(folder, without=())
+def test_a_run_writes_what_it_promises_and_is_reproducible(line, model_folder, tmp_path, algorithm):
+    line += f" --algorithm {algorithm} --entropy_coef 0.01 --epsilon_high 0.28"
+    finished, folder = run(line), tmp_path / "run"
+    rows = rows_of(folder)
     wanted = (
         "step entropy scope_temperature loss grad_norm clip_fraction reward frac_reward_zero_std scope_positive_frac "
         "completion_length truncated_frac rollout_seconds step_seconds"
@@ -401,32 +401,32 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(arguments, tmp_path, 
     assert list(evaluations["after"]) == ["pass@1", "pass@4", "distinct_correct", "num_right"]
     assert json.loads((folder / "config.json").read_text()) == vars(finished.config)
 
-    model, before = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict(), weights_of(arguments)
+    model, before = weights_of(folder / "model"), weights_of(model_folder)
     for name, value in finished.model.state_dict().items():
         assert torch.equal(model[name], value), name
     assert any(not torch.equal(model[name], before[name]) for name in before)
     saved = AutoTokenizer.from_pretrained(folder / "model")
     assert saved("1+2=").input_ids == finished.tokenizer("1+2=").input_ids
 
-    run(arguments, more, tmp_path / "again")
+    run(f"{line} --output_dir {tmp_path}/again")
     assert metrics_of(tmp_path / "again") == metrics_of(folder)
-    run(arguments, f"{more} --seed 1", tmp_path / "other")
+    run(f"{line} --seed 1 --output_dir {tmp_path}/other")
     assert metrics_of(tmp_path / "other") != metrics_of(folder)
 
 
-def test_the_instruction_is_the_tasks_or_ones_own(arguments, tmp_path, monkeypatch):
+def test_the_instruction_is_the_tasks_or_ones_own(line, tmp_path, monkeypatch):
     asked, inner = [], rollout.format_prompts
     monkeypatch.setattr(rollout, "format_prompts", lambda *given: asked.append(given[2]) or inner(*given))
     for i, more in enumerate(("", "--instruction 'Be brief.'")):
-        set_up(arguments, f"--task {ROOT / 'theory' / 'tiny' / 'countdown.py'} {more}", tmp_path / str(i))
+        set_up(f"{line} --task {countdown.__file__} {more} --output_dir {tmp_path}/{i}")
     assert asked == [countdown.INSTRUCTION, "Be brief."]
 
 
-def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypatch):
+def test_a_checkpoint_holds_all_that_steps_hand_on(line, tmp_path, monkeypatch):
     """Weights, AdamW's moments and counters, the rule, and what was seen; rows written after it go."""
     saved, save = [], train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda run: saved.append(run.step) or save(run))
-    finished = run(arguments, "--max_steps 3 --scope_max_boost 4")
+    finished = run(f"{line} --max_steps 3 --scope_max_boost 4")
     assert saved == [2, 3]  # every second step, and the last
     finished.rule(0.01)
     save(finished)
@@ -434,13 +434,15 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
         file.write('{"step": 4}\n{"st')
     places, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *path, **more: places.append(more) or load(*path, **more))
-    resumed = train.set_up(train.parse_config(["--resume", "--output_dir", str(tmp_path / "run")]))
+    resumed = set_up(f"--resume --output_dir {tmp_path}/run")
     # On the CPU, where AdamW's counters cost no waiting and nothing is on the GPU twice; and no code is run.
     assert places == [{"map_location": "cpu", "weights_only": True}]
     assert (resumed.step, resumed.problems_seen) == (3, 24)
     assert resumed.rule == finished.rule
     assert resumed.rule.boost > 1
     assert list(resumed.evaluations) == ["before", "after"]
+    monkeypatch.setattr(rollout, "generate", lambda *_: pytest.fail("it is evaluated again"))
+    train.evaluate(resumed, "before")
     assert resumed.task.train == finished.task.train
     assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
     for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
@@ -453,7 +455,7 @@ def test_a_checkpoint_holds_all_that_steps_hand_on(arguments, tmp_path, monkeypa
 
 # --- What ends a run
 @pytest.mark.parametrize(("what", "last"), [("entropy", 3), ("loss", 3), ("weights", 4)])
-def test_a_policy_that_has_diverged_is_not_saved(what, last, arguments, tmp_path, monkeypatch):
+def test_a_policy_that_has_diverged_is_not_saved(what, last, line, tmp_path, monkeypatch):
     """Numbers that are not finite in the third step, or weights after the last: a lower learning rate is tried."""
     train_step = train.train_step
 
@@ -468,49 +470,43 @@ def test_a_policy_that_has_diverged_is_not_saved(what, last, arguments, tmp_path
         return done
 
     monkeypatch.setattr(train, "train_step", sick)
-    said, resume = go(arguments, "--num_eval_problems 0 --save_steps 1").split("\n")
+    said, resume = go(f"{line} --num_eval_problems 0 --save_steps 1").split("\n")
     monkeypatch.undo()
     assert re.match(rf"stopped: ({what} of|\S+ is not finite after) step {last}\b", said)
     assert not (tmp_path / "run" / "model").exists()
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == last - 1
+    assert step_of(tmp_path / "run") == last - 1
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    command = shlex.split(resume.removeprefix("to go on: "))
-    assert command[-2:] == ["--learning_rate", "0.005"]
-    assert go(command[2:]) is None  # what it says works
+    assert resume.endswith(" --learning_rate 0.005")
+    assert go(resume.removeprefix("to go on: python train.py ")) is None  # what it says works
     assert len(metrics_of(tmp_path / "run")) == 4
 
 
-def test_out_of_memory_ends_in_one_line_that_names_settings(arguments, monkeypatch):
+def test_out_of_memory_ends_in_one_line_that_names_settings(line, tmp_path, monkeypatch):
     def full(run):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
     monkeypatch.setattr(train, "train", full)
-    said, resume = go(arguments).split("\n")
+    said, resume = go(line).split("\n")
     assert all(name in train.OPTIONS for name in re.findall(r"\w+_batch_size", said))
     assert "per_device_train_batch_size" in said
-    assert resume.endswith(f"--resume --output_dir {arguments[-1]}")
+    assert resume.endswith(f"--resume --output_dir {tmp_path}/run")
 
 
-@pytest.mark.parametrize(
-    ("norms", "times"),
-    [("0" * 8, 1), ("0" * 7 + "111", 0), ("0101000000", 1), ("0" * 16, 2), ("1" * 20, 0), ("0011100" * 3, 0)],
-)
-def test_eight_idle_steps_of_ten_are_said_once_with_their_reason(
-    norms, times, arguments, monkeypatch, capsys
-):
+NORMS = {"0" * 8: 1, "0" * 7 + "111": 0, "0101000000": 1, "0" * 16: 2, "1" * 20: 0, "0011100" * 3: 0}
+
+
+@pytest.mark.parametrize(("norms", "times"), NORMS.items())
+def test_eight_idle_steps_of_ten_are_said_once_with_their_reason(norms, times, line, monkeypatch, capsys):
     def step(run):
         run.step += 1
         sample = {"reward": 0.0, "entropy": 1.0, "scope_temperature": 1.0, "truncated_frac": 0.9}
         return sample | {"step": run.step, "grad_norm": float(norms[run.step - 1])}, []
 
     monkeypatch.setattr(train, "train_step", step)
-    run(arguments, f"--max_steps {len(norms)} --save_steps 100 --num_eval_problems 0")
+    run(f"{line} --max_steps {len(norms)} --save_steps 100 --num_eval_problems 0")
     assert capsys.readouterr().out.count("raise --max_completion_length") == times
-    for truncated, R, advice in (
-        (0.9, 0.1, "max_completion_length"),
-        (0.1, 1.0, "harder"),
-        (0.1, 0.0, "easier"),
-    ):
+    reasons = {"max_completion_length": (0.9, 0.1), "harder": (0.1, 1.0), "easier": (0.1, 0.0)}
+    for advice, (truncated, R) in reasons.items():
         assert advice in train.reason([{"truncated_frac": truncated, "reward": R}] * 10)
 
 

@@ -4,8 +4,8 @@ With p = softmax(z), x = log p and H = -sum_a p_a x_a, a step eta v of the logit
 
     dH = -eta * sum_a g_a v_a,        g = p * (x + H),        gbar = sum_a p_a g_a >= 0
 
-to first order. Results are `[...]`, in nats per unit of eta. z and w are `[..., V]`: float64 logits,
-and weights (1 for a rewarded token, 0 for another, or graded). T > 0 is a number, inf or `[...]`.
+to first order. Results are `[...]`, in nats per unit of eta. z and w are `[..., V]`: float64
+logits, and weights (1 if rewarded, 0 if not, or graded). T > 0 is a number, inf or `[...]`.
 """
 
 import torch

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lab_helpers import AUXILIARY, REWARDS, make_variant
+from lab_helpers import AUXILIARY, REWARDS, make_variant, plain_table
 
 import neighbours
 import rollout
@@ -15,7 +15,13 @@ from entropy import token_entropy
 N = REWARDS.numel()
 SMALL = "--generation_batch_size 12 --num_generations 4"
 PROMPTS = ["1,2,3:6=", "4,5,6:11=", "1,1,9:3="]
-TINY = ["1,2,3:6="] * 4 + ["4,5,6:11="] * 4 + ["1,1,9:3="] * 4
+TINY = [prompt for prompt in PROMPTS for _ in range(4)]
+NUMBER = torch.arange(15)[:, None]
+
+
+def random_mask(length: int) -> torch.Tensor:
+    """`[N, length]`, with one token at least in each row."""
+    return (torch.rand(N, length) < 0.8) | (torch.arange(length) == 0)
 
 
 def logits_of(model, samples) -> torch.Tensor:
@@ -31,51 +37,44 @@ def logits_of(model, samples) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", neighbours.NEIGHBOURS)
-def test_auxiliary_samples_count_as_in_the_core_beside_each(
-    name, random_model, model_folder, tmp_path, monkeypatch
-):
+def test_auxiliary_samples_count_as_in_the_core(name, random_model, model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "EXPLORERS", tmp_path)
     (tmp_path / "smaller-0").symlink_to(model_folder)
     variant = make_variant(f"@{name} {SMALL}", model=random_model())
     variant(0.3)
     variant.ratios = torch.rand(N + 5, 4)
-    table = variant.objective_table(REWARDS, AUXILIARY, 0.5, 0.0).rows(torch.arange(N, N + 5))
-    usual = scope_rl.objective_table(REWARDS, AUXILIARY, 0.5).rows(torch.arange(N, N + 5))
-    x, mask = -torch.rand(5, 4), torch.ones(5, 4, dtype=torch.bool)
-    mine = variant.scope_loss(x, x - 0.1, -x, mask, table, 0.2, None)[0]
-    assert mine.item() == pytest.approx(scope_rl.scope_loss(x, x - 0.1, -x, mask, usual)[0].item(), abs=1e-6)
+    x, mask, losses = -torch.rand(5, 4), torch.ones(5, 4, dtype=torch.bool), []
+    for own in (variant, scope_rl):
+        table = own.objective_table(REWARDS, AUXILIARY, 0.5, 0.0).rows(torch.arange(N, N + 5))
+        losses.append(own.scope_loss(x, x - 0.1, -x, mask, table, 0.2, None)[0])
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
 
 
 def test_opefo_makes_the_flows_equal():
-    variant, mask = make_variant(f"@opefo {SMALL}"), torch.rand(N, 6) < 0.8
-    mask[:, 0] = True
-    table = variant.objective_table(REWARDS, torch.zeros(0), 0.0, 0.0)
-    logprobs, H = -torch.rand(N, 6), 1.5 * torch.rand(N, 6)
+    variant, mask = make_variant(f"@opefo {SMALL}"), random_mask(6)
+    table, logprobs, H = plain_table(variant), -torch.rand(N, 6), 1.5 * torch.rand(N, 6)
+    usual = table.advantages[:, None].expand(N, 6)
     A = variant.token_advantages(logprobs, H, mask, table)
-    before, after = (
-        -(a * logprobs.exp() * (logprobs + H))[mask].sum() for a in (table.advantages[:, None], A)
-    )
+    before, after = (-(a * logprobs.exp() * (logprobs + H))[mask].sum() for a in (usual, A))
     assert abs(before) > 0.05 and abs(after) < 1e-5
-    assert torch.equal(A.sign(), table.advantages[:, None].sign().expand(N, 6))
+    assert torch.equal(A.sign(), usual.sign())
 
 
 def test_avspo_counts_virtual_rewards_in_mean_and_deviation():
-    rewards = torch.cat(
-        [REWARDS[1:2], 0 * REWARDS[:1], REWARDS[:1], REWARDS[1:2]]
-    )  # right, wrong, mixed, right
+    rewards = torch.tensor([[1.0, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]])
     K = math.ceil(4 * 0.75**0.5)  # three of four are equal
-    A = make_variant("@avspo").objective_table(rewards, torch.zeros(0), 0.0, 0.0).advantages.view(4, 4)
+    A = plain_table(make_variant("@avspo"), rewards).advantages.view(4, 4)
     for group, row in zip(rewards.tolist(), A.tolist(), strict=True):
         every = group if len(set(group)) > 1 else group + [0.9 if group[0] else 0.1] * K
         expected = [(r - np.mean(every)) / np.std(every) for r in group]
         assert row == pytest.approx(expected, abs=1e-3)
     assert A[0, 0] == pytest.approx((K / 4) ** 0.5, rel=1e-5)
-    few = make_variant("@avspo").objective_table(REWARDS, torch.zeros(0), 0.0, 0.0)
-    assert few.advantages.tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()  # one of three
+    few = plain_table(make_variant("@avspo")).advantages  # one of three
+    assert few.tolist() == scope_rl.group_advantages(REWARDS).flatten().tolist()
 
 
 @pytest.mark.parametrize(("step", "foreign"), [(0, 4), (35, 2), (69, 0)])
-def test_s2l_po_puts_the_smaller_models_answers_among_the_policys(
+def test_s2l_po_takes_answers_of_a_smaller_model(
     step, foreign, random_model, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(neighbours, "EXPLORERS", tmp_path)
@@ -86,13 +85,13 @@ def test_s2l_po_puts_the_smaller_models_answers_among_the_policys(
     samples = variant.generate(model, tokenizer, TINY + PROMPTS, torch.ones(15), 6)
     mask, chosen = samples.completion_mask, samples.completions[samples.completion_mask]
     of_policy, of_explorer = (logits_of(m, samples).log_softmax(-1) for m in (model, variant.explorer))
-    number = torch.arange(15)[:, None].expand(mask.shape)[mask]
+    number = NUMBER.expand(mask.shape)[mask]
     is_foreign = (number < 12) & (number % 4 < foreign)
     expected = torch.where(is_foreign[:, None], of_explorer, of_policy).gather(1, chosen[:, None])[:, 0]
     assert torch.allclose(samples.logprobs[mask], expected, atol=1e-4)
     assert torch.allclose(samples.entropies[mask], token_entropy(of_policy), atol=1e-4)
-    assert samples.texts == tokenizer.batch_decode([row[m] for row, m in zip(samples.completions, mask, strict=True)],
-                                                   skip_special_tokens=True)  # fmt: skip
+    kept = [row[m] for row, m in zip(samples.completions, mask, strict=True)]
+    assert samples.texts == tokenizer.batch_decode(kept, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(("H", "T"), [(0.35, 1.2), (0.9, 0.8)])
@@ -100,23 +99,22 @@ def test_dcpo_mixes_in_the_policy_at_another_temperature(H, T, random_model, tok
     variant, model = make_variant(f"@dcpo {SMALL} --scope_target_entropy 0.4"), random_model()
     variant(H)
     samples = variant.generate(model, tokenizer, TINY, torch.ones(12), 6)
-    table = variant.objective_table(REWARDS, torch.zeros(0), 0.0, 0.0)
+    table = plain_table(variant)
     mask, z = samples.completion_mask, logits_of(model, samples).double()
     tokens = samples.completions[mask][:, None]
     ratio = ((z / T).softmax(-1) / z.softmax(-1)).gather(1, tokens)[:, 0]
     a = min(abs(0.4 - H), 0.1) / (7 / 12)  # 7 of 12 are right
     m = a / (1 + a)
-    numbers = torch.arange(12)[:, None].expand(mask.shape)[mask]
-    expected = (1 - m) * table.advantages[numbers] + m * REWARDS.flatten()[numbers] * ratio
+    number = NUMBER[:12].expand(mask.shape)[mask]
+    expected = (1 - m) * table.advantages[number] + m * REWARDS.flatten()[number] * ratio
     A = variant.token_advantages(samples.logprobs, samples.entropies, mask, table)
     assert torch.allclose(A[mask].double(), expected, atol=1e-4)
     assert not model.base_model._forward_hooks
 
 
 def test_stare_raises_the_weight_of_the_rarest_tenth_of_good_tokens():
-    variant, mask = make_variant(f"@stare {SMALL} --scope_target_entropy 0.4"), torch.rand(N, 8) < 0.8
-    mask[:, 0] = True
-    table, logprobs = variant.objective_table(REWARDS, torch.zeros(0), 0.0, 0.0), -torch.rand(N, 8)
+    variant, mask = make_variant(f"@stare {SMALL} --scope_target_entropy 0.4"), random_mask(8)
+    table, logprobs = plain_table(variant), -torch.rand(N, 8)
     variant(0.3)
     variant(0.3)  # W = 1.12
     A = variant.token_advantages(logprobs, -logprobs, mask, table)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from lab_helpers import json_lines
 from test_neighbours import logits_of
 
 import probes
@@ -25,14 +26,12 @@ def small_run(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "SAMPLES", 96)
     monkeypatch.setattr(train, "WARMUP_STEPS", 1)
     (tmp_path / "task.py").write_text(TASK)
-    options = (
-        "--preset tiny --generation_batch_size 32 --num_generations 4 --num_mini_batches 1"
-        f" --model {model_folder} --task {tmp_path / 'task.py'} --num_eval_problems 30"
-    )
+    options = "--preset tiny --generation_batch_size 32 --num_generations 4 --num_mini_batches 1 "
+    options += f"--model {model_folder} --task {tmp_path / 'task.py'} --num_eval_problems 30"
 
-    def make(learning_rate: float, *more: str) -> train.Run:
+    def make(learning_rate: float = 1e-3, *more: str) -> train.Run:
         torch.manual_seed(0)
-        words = [*options.split(), "--learning_rate", str(learning_rate), *more]
+        words = [*options.split(), f"--learning_rate={learning_rate}", *more]
         run = train.set_up(train.parse_config(words)) if more else probes.set_up(words)
         # <pad>'s embedding starts as 0, where RMSNorm has a kink, and a random model does sample it.
         pad = run.model.get_input_embeddings().weight.data[run.tokenizer.pad_token_id]
@@ -43,26 +42,25 @@ def small_run(model_folder, tmp_path, monkeypatch):
 
 
 def test_the_tabular_prediction_token_by_token(small_run):
-    run = small_run(1e-3)
+    run = small_run()
     samples, rewards = probes.draw(run, run.task.train, 20, 1.3)
     assert 0 < rewards.mean() < 1
     _, predicted = probes.direction(run, samples, rewards / 20)
     logits, total = iter(logits_of(run.model, samples).double()), 0.0
     for i, mask in enumerate(samples.completion_mask):
         changes = []
-        for token in samples.completions[i][mask].tolist():
+        for token in samples.completions[i][mask]:
             z = next(logits).clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(token_entropy(z), z)  # dH / dz
-            step = -z.detach().softmax(0)
-            step[token] += 1  # d log p_a / dz
-            changes.append((gradient @ step).item())
+            (of_entropy,) = torch.autograd.grad(token_entropy(z), z)
+            (of_logprob,) = torch.autograd.grad(z.log_softmax(0)[token], z)
+            changes.append((of_entropy @ of_logprob).item())
         total += rewards[i].item() / 20 * np.mean(changes)
     assert predicted == pytest.approx(total, rel=1e-4)
 
 
 def test_measured_changes_are_the_gradients_and_the_weights_stay(small_run):
     """The central difference along a step is the inner product of the step and dH / dtheta."""
-    run = small_run(1e-3)
+    run = small_run()
     theta = probes.weights_of(run)
     rows = probes.measure(run, seed=3, batch=40, norm=1e-3)
     assert torch.equal(probes.weights_of(run), theta)
@@ -91,14 +89,14 @@ def test_the_parts_of_a_step_scale_as_their_orders(small_run):
 
 
 def test_taking_a_step_apart_leaves_the_step_alone(small_run):
-    run, other = small_run(1e-3), small_run(1e-3)
+    run, other = small_run(), small_run()
     probes.one_step(run)
     train.train_step(other)
     assert torch.equal(probes.weights_of(run), probes.weights_of(other))
 
 
 def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
-    run = small_run(1e-3)
+    run = small_run()
     samples, _ = probes.draw(run, run.task.train, 20, 1.0)
     old, (H, same) = probes.entropies(run, samples, None)
     assert same == H
@@ -118,7 +116,7 @@ def test_visited_contexts_weigh_samples_by_their_ratio(small_run):
 
 def test_the_closed_loop_goes_on_with_a_run_and_leaves_its_folder(small_run, tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
-    train.train(small_run(1e-3, "--output_dir", str(output), "--max_steps", "2", "--num_eval_problems", "0"))
+    train.train(small_run(1e-3, f"--output_dir={output}", "--max_steps=2", "--num_eval_problems=0"))
     before = (output / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
     arguments = {"output_dir": output, "steps": 2, "save": tmp_path / "mean", "algorithm": "grpo"}
@@ -135,25 +133,20 @@ def test_one_factor_is_the_weighted_least_squares_fit():
     k, chi2, freedom = probes.one_factor(rows, "held_out")
     kinds = sorted({(row["sign"], row["temperature"]) for row in rows})
     groups = [[row for row in rows if (row["sign"], row["temperature"]) == kind] for kind in kinds]
-    y, x = (
-        np.array([np.mean([row[name] for row in group]) for group in groups])
-        for name in ("held_out", "predicted")
+    measured = np.array([[row["held_out"] for row in group] for group in groups])
+    predicted = np.array([[row["predicted"] for row in group] for group in groups])
+    w = 8**0.5 / measured.std(1, ddof=1)
+    (slope,), (misses,), *_ = np.linalg.lstsq(
+        (predicted.mean(1) * w)[:, None], measured.mean(1) * w, rcond=None
     )
-    w = np.array([8**0.5 / np.std([row["held_out"] for row in group], ddof=1) for group in groups])
-    (slope,), (misses,), *_ = np.linalg.lstsq((x * w)[:, None], y * w, rcond=None)
     assert (k, chi2, freedom) == (pytest.approx(slope), pytest.approx(misses), 9)
 
 
 def test_the_closed_loop_s_table_is_in_ten_thousandths_of_a_nat(tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "LOOPS", tmp_path / "loops.jsonl")
-    steps = {
-        "visiting": [0.0, 0.0],
-        "H": [0.4, 0.5],
-        "T": [1, 1.5],
-        "first": [1e-4, 3e-4],
-        "fixed": [5e-4, 5e-4],
-    }
-    probes.LOOPS.write_text(json.dumps({"label": "x", "steps": steps | {"curvature": [-1e-4, -1e-4]}}) + "\n")
+    steps = {"H": [0.4, 0.5], "T": [1, 1.5], "first": [1e-4, 3e-4], "curvature": [-1e-4, -1e-4]}
+    steps |= {"fixed": [5e-4, 5e-4], "visiting": [0.0, 0.0]}
+    probes.LOOPS.write_text(json_lines([{"label": "x", "steps": steps}]))
     # Newey and West with one lag: ((1 - 1 / 2 * 1) / 2)^(1/2) = .5, twice
     expected = "| x | 2 | 0.450 | 1.25 | +2.0 ± 1.0 | -1.0 ± 0.0 | +5.0 ± 0.0 | +0.0 ± 0.0 |"
     assert probes.loop_table().splitlines()[-1] == expected

@@ -7,6 +7,22 @@ from run_helpers import SMALL, go
 import reward
 import rollout
 
+JUDGE = """
+import pathlib, time
+import countdown
+calls = 0
+
+def reward(problem, completion):
+    global calls
+    calls += 1
+    if calls == 90:  # in the third step, of 40 completions each
+        {}
+    return float(len(completion) % 2)
+
+def task(config):
+    return countdown.task(config)._replace(reward=reward)
+"""
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -34,3 +50,14 @@ def nothing_begins(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rollout, "load_policy", lambda *_: pytest.fail("a model is loaded"))
     monkeypatch.setattr(reward, "download", lambda *_: pytest.fail("GSM8K is downloaded"))
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A function that writes a task whose reward does something odd in the third step."""
+
+    def write(statement):
+        (tmp_path / "judge.py").write_text(JUDGE.format(statement))
+        return tmp_path / "judge.py"
+
+    return write

@@ -10,18 +10,15 @@ import signal
 
 import pytest
 import torch
-from robust_helpers import JUDGE, files_in, go, metrics_of, refused, rewritten, setting, step_of, without
+from run_helpers import files_in, go, metrics_of, refused, rewritten, setting, step_of, without
 
 import rollout
 import train
 
 # --- Command lines
-
 COMMAND_LINES = """
---num_generations 1 --generation_batch_size 8 | num_generations
 --seed 9000000000001 | seed
 --scope_temperature_min 2 --scope_temperature_max 1 | scope_temperature_min.*scope_temperature_max
---epsilon_high nan | epsilon_high
 --num_generations 5 | generation_batch_size.*multiple of num_generations
 --num_mini_batches 65 --epsilon 2 | num_mini_batches.*epsilon
 --model '' | model cannot be ''
@@ -34,7 +31,6 @@ COMMAND_LINES = """
 --algorithm grpo --scope_gain=1 --scope_share 0 | scope_gain, scope_share without effect
 --algorithm ppo | ppo
 --preset huge | huge
---max_steps ten | --max_steps.*'ten'
 --max_steps 4.0 | '4.0'
 --bf16 maybe | --bf16
 --max_steps | --max_steps.*expected one argument
@@ -70,8 +66,7 @@ def test_numbers_below_their_least_and_no_numbers_are_refused_for_every_option(n
     assert count > 60
 
 
-GOOD_LINES = """
- | --preset laptop --model m | --preset qwen3-0.6b | --algorithm grpo | --algorithm=grpo | --seed 1000000000 | --max_steps 1 | --epsilon 0 | --epsilon 0.999
+GOOD_LINES = """ | --preset laptop --model m | --preset qwen3-0.6b | --algorithm grpo | --algorithm=grpo | --seed 1000000000 | --max_steps 1 | --epsilon 0 | --epsilon 0.999
 --epsilon_high 3 | --epsilon_high 0 | --num_generations 2 --generation_batch_size 4 | --num_mini_batches 64 | --scope_alpha 0 | --scope_share 0
 --scope_temperature_min 1 --scope_temperature_max 1 | --scope_temperature_min 0.01 | --learning_rate 0 | --learning_rate 1 | --bf16 | --bf16 true
 --bf16 false | --resume false | --num_eval_problems 0 | --model org/name-1.5B | --model gpt2 | --model=m | --instruction 'Be brief.' | --scope_gain 0
@@ -84,20 +79,22 @@ def test_what_can_work_is_not_refused(nothing_begins):
 
 
 # --- Tasks and questions
-
+ASKS = "from reward import Problem, Task\ndef task(config): return Task([Problem('1+2=', '3'), Problem({!r}, '1')], [], '', None)"
 TASKS = {
     "raises": "def task(config): 1 / 0", "exits": "import sys\nsys.exit(0)", "exits when called": "def task(config): raise SystemExit",
     "syntax": "def task(config:", "None": "def task(config): return None", "a tuple": "def task(config): return [], [], '', None",
     "no problems": "from reward import Task\ndef task(config): return Task([], [], '', None)",
     "texts": "from reward import Task\ndef task(config): return Task(['1+1'], [], '', None)",
     "a generator": "from reward import Problem, Task\ndef task(config): return Task((Problem('1', '1') for _ in range(3)), [], '', None)",
+    "an empty question": ASKS.format(""), "a long question": ASKS.format("9+" * 40 + "9="),
 }  # fmt: skip
+SAYS = {"an empty question": "empty", "a long question": r"9\+9\+"}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_file_whose_task_is_none_ends_in_a_line(name, run_line, tmp_path):
+def test_a_task_or_a_question_that_cannot_be_used_ends_in_a_line(name, run_line, tmp_path):
     (tmp_path / "mine.py").write_text(TASKS[name])
-    refused(f"{run_line} --task {tmp_path}/mine.py", "mine.py fails")
+    refused(f"{run_line} --task {tmp_path}/mine.py", SAYS.get(name, "mine.py fails"))
     assert not (tmp_path / "run").exists()
 
 
@@ -107,30 +104,20 @@ def test_a_task_imports_a_module_beside_it(run_line, tmp_path):
     assert go(f"{run_line} --task {tmp_path}/mine.py --max_steps 1") is None
 
 
-@pytest.mark.parametrize(("question", "pattern"), [("", "empty"), ("9+" * 40 + "9=", r"9\+9\+")])
-def test_a_question_that_the_model_cannot_be_asked_is_named(question, pattern, run_line, tmp_path):
-    task = f"Task([Problem('1+2=', '3'), Problem({question!r}, '1')], [], '', None)"
-    (tmp_path / "mine.py").write_text(f"from reward import Problem, Task\ndef task(config): return {task}")
-    refused(f"{run_line} --task {tmp_path}/mine.py", pattern)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("value", ["-1.0", "2.0", "float('nan')", "None", "'good'", "1 / 0"])
-def test_a_reward_that_is_none_ends_the_run_like_an_interruption(value, run_line, home, finished, tmp_path):
+def test_a_reward_that_is_none_ends_the_run_like_an_interruption(value, judge, run_line, home, finished, tmp_path):
     """In the third step; the two before it are saved, and mended it goes on as if nothing had been."""
-    (tmp_path / "judge.py").write_text(JUDGE.format(f"return {value}"))
-    more = f"--num_eval_problems 0 --save_steps 100 --max_steps 8 --task {tmp_path}/judge.py"
+    task = judge(f"return {value}")
+    more = f"--num_eval_problems 0 --save_steps 100 --max_steps 8 --task {task}"
     said, how = go(f"{run_line} {more}").split("\n")
     assert re.match("stopped: the reward of '.*' for '.*:.*='", said)
     assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 2
-    shutil.copy(home / "easy.py", tmp_path / "judge.py")
+    shutil.copy(home / "easy.py", task)
     assert go(how.partition("train.py")[2]) is None
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
 
 
 # --- The folder of a run
-
-
 nothing, values = without(), functools.partial(setting, "config.json")
 
 
@@ -176,6 +163,9 @@ FOLDERS = [  # what is edited, what is added to the command line, and what the e
     (nothing, "--algorithm grpo", "keeps its algorithm"), (nothing, "--preset laptop", "keeps its preset"),
     (nothing, "--instruction Hm", "keeps its instruction"), (nothing, "--max_steps 3", "4 steps are done.*--max_steps"),
     (nothing, "--task gsm8k --train_file {home}/data.jsonl", "other problems"),
+    # what has moved, when it is told where
+    (values(model="/gone/policy", task="/gone/easy.py"), "--model {home}/policy --task {home}/easy.py", None),
+    (values(model="/gone/policy", task="/gone/easy.py"), "--model {home}/policy", "/gone/easy.py"),
     # the checkpoint
     (rewritten("checkpoint.pt", lambda content: content[:-1]), "", "checkpoint.pt"), (rewritten("checkpoint.pt", b""), "", "checkpoint.pt"),
     (rewritten("checkpoint.pt", lambda content: content[: len(content) // 2]), "", "checkpoint.pt"), (folder_for("checkpoint.pt"), "", "checkpoint.pt"),
@@ -209,16 +199,6 @@ def test_edited_run_folders_go_on_rightly_or_are_left_alone_with_a_line(case, ho
     assert metrics_of(folder) == metrics_of(whole)
     assert (folder / "eval.json").read_text() == (whole / "eval.json").read_text()
     assert files_in(folder / "model") == files_in(whole / "model")
-
-
-def test_a_run_whose_model_and_task_have_moved_goes_on_when_it_is_told_where(home, finished, tmp_path):
-    shutil.copytree(finished / "4", tmp_path / "run")
-    shutil.copytree(home, tmp_path / "home")
-    values(model="/gone/policy", task="/gone/easy.py")(tmp_path / "run")
-    line = f"--resume --output_dir {tmp_path}/run --max_steps 6 --model {tmp_path}/home/policy"
-    refused(line, "/gone/easy.py")
-    assert go(f"{line} --task {tmp_path}/home/easy.py") is None
-    assert metrics_of(tmp_path / "run") == metrics_of(finished / "6")
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoint.pt", "model"])

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from robust_helpers import JUDGE, ROOT, files_in, go, metrics_of, refused, step_of
+from run_helpers import ROOT, files_in, go, metrics_of, refused, step_of
 
 import train
 
@@ -54,41 +54,39 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.fixture
-def asleep(run_line, tmp_path):
+def asleep(run_line, judge):
     """A function that gives a command line of eight steps, whose third step sleeps so many seconds."""
 
     def prepare(seconds):
-        sleep = f"pathlib.Path('{tmp_path}/asleep').touch(); time.sleep({seconds})"
-        (tmp_path / "asleep.py").write_text(JUDGE.format(sleep))
-        return f"{run_line} --task {tmp_path}/asleep.py --max_steps 8 --save_steps 100 --num_eval_problems 0"
+        path = judge(f"pathlib.Path(__file__).with_name('asleep').touch(); time.sleep({seconds})")
+        return f"{run_line} --task {path} --max_steps 8 --save_steps 100 --num_eval_problems 0"
 
     return prepare
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_after_a_signal_the_step_is_saved_and_how_to_go_on_is_said(number, asleep, finished, tmp_path):
-    process = start(asleep(0.5), tmp_path / "said")
+@pytest.mark.parametrize(
+    ("signals", "seconds", "kept"), [("SIGTERM", 0.5, 3), ("SIGINT", 0.5, 3), ("SIGINT SIGINT", 600, 0)]
+)
+def test_a_signal_ends_the_run_with_its_step_saved_and_a_second_ctrl_c_at_once(
+    signals, seconds, kept, asleep, home, finished, tmp_path
+):
+    """In the third step; how to go on is said, and it goes on as if nothing had been."""
+    process = start(asleep(seconds), tmp_path / "said")
     wait_for((tmp_path / "asleep").exists)
-    os.kill(process.pid, number)
+    begin = time.monotonic()
+    for name in signals.split():
+        os.kill(process.pid, signal.Signals[name])
+        wait_for(lambda name=name: name in (tmp_path / "said").read_text())
     code, lines = end(process, tmp_path / "said")
     assert code == 1
-    assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 3
-    assert any(line.startswith(f"stopped: by {number.name}") for line in lines)
+    assert time.monotonic() - begin < 60  # not ten minutes
+    assert len(metrics_of(tmp_path / "run")) == (kept or 2)
+    assert step_of(tmp_path / "run") == kept
+    assert any(line.startswith("stopped: " if kept == 0 else f"stopped: by {signals}") for line in lines)
     (how,) = [line for line in lines if line.startswith("to go on: python train.py ")]
+    shutil.copy(home / "easy.py", tmp_path / "judge.py")
     assert go(how.partition("train.py")[2]) is None
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
-
-
-def test_a_second_ctrl_c_stops_at_once(asleep, tmp_path):
-    process = start(asleep(600), tmp_path / "said")
-    wait_for((tmp_path / "asleep").exists)
-    os.kill(process.pid, signal.SIGINT)
-    wait_for(lambda: "SIGINT" in (tmp_path / "said").read_text())
-    begin = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    assert end(process, tmp_path / "said")[0] == 1
-    assert time.monotonic() - begin < 30  # not ten minutes
-    assert len(metrics_of(tmp_path / "run")) == 2
 
 
 def test_two_runs_on_one_folder(asleep, home, finished, tmp_path):
@@ -101,7 +99,7 @@ def test_two_runs_on_one_folder(asleep, home, finished, tmp_path):
     assert files_in(tmp_path / "run") == before
     process.kill()
     process.join()
-    shutil.copy(home / "easy.py", tmp_path / "asleep.py")
+    shutil.copy(home / "easy.py", tmp_path / "judge.py")
     assert go(f"{line} --resume") is None
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
 
@@ -135,10 +133,15 @@ def test_a_full_disk_ends_in_a_line_and_the_last_checkpoint_stays(name, finished
     assert metrics_of(folder) == metrics_of(finished / "8")
 
 
-@pytest.mark.slow
-def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_alone(run_line, tmp_path):
+MANY = [signal.SIGKILL] * 14 + [signal.SIGTERM] * 8 + [signal.SIGINT] * 8
+
+
+@pytest.mark.parametrize(
+    ("signals", "steps"), [([signal.SIGKILL], 40), pytest.param(MANY, 700, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_a_run_ends_as_if_left_alone(signals, steps, run_line, tmp_path):
     """`python train.py` itself; after SIGTERM and Ctrl-C not a step is lost, a kill costs those since the last checkpoint."""
-    more = "--max_steps 700 --save_steps 7 --learning_rate 1e-4"
+    more = f"--max_steps {steps} --save_steps 7 --learning_rate 1e-4"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "theory" / "tiny")}
 
     def begin(name, resume=""):
@@ -151,17 +154,12 @@ def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_al
         metrics = tmp_path / "stopped" / "metrics.jsonl"
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    def saved():
-        return step_of(tmp_path / "stopped") if (tmp_path / "stopped" / "checkpoint.pt").exists() else 0
-
-    assert begin("whole").wait() == 0
-    signals = [signal.SIGKILL] * 14 + [signal.SIGTERM] * 8 + [signal.SIGINT] * 8
+    assert go(f"{run_line} {more} --output_dir {tmp_path}/whole") is None
     rng = random.Random()  # really random: any moment must do
-    rng.shuffle(signals)
-    for number, name in enumerate(signals):
+    for number, name in enumerate(rng.sample(signals, len(signals))):
         process = begin("stopped", "--resume" if number else "")
         wait_for(lambda: b" parameters on " in (tmp_path / "said").read_bytes(), 120)
-        goal = saved() + rng.randrange(1, 9)
+        goal = step_of(tmp_path / "stopped") + rng.randrange(1, 9)
         wait_for(lambda goal=goal: rows() >= goal)
         time.sleep(rng.random() * 0.1)
         before = rows()
@@ -170,8 +168,8 @@ def test_killed_terminated_and_interrupted_thirty_times_a_run_ends_as_if_left_al
         if name != signal.SIGKILL:
             assert code == 1
             assert f"stopped: by {name.name}" in said and "Traceback" not in said
-            assert saved() == rows() >= before
-    assert saved() < 700
+            assert step_of(tmp_path / "stopped") == rows() >= before
+    assert step_of(tmp_path / "stopped") < steps
     assert begin("stopped", "--resume").wait() == 0
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
     assert files_in(tmp_path / "stopped" / "model") == files_in(tmp_path / "whole" / "model")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from architectures import make_model
-from robust_helpers import files_in, go, metrics_of, refused, rewritten, setting, without
+from run_helpers import files_in, go, metrics_of, refused, rewritten, setting, without
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import CONFIG_MAPPING
 

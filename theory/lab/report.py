@@ -326,11 +326,12 @@ def gain_grid() -> str:
 
 def what_decides() -> str:
     """The ingredients and both meanings of alpha at a target of 0.4, under the positional law."""
-    cells = cells_of("alpha") | cells_of("ingredients")
-    shown = {label: cell for label, cell in cells.items() if "H0 0.5" not in label and "0.8" not in label}
-    return means(
-        "positional law, H0 0.4", shown, ("entropy", "error", "reward", "pass@1", "distinct_correct")
-    )
+    alphas = [f"share 1/4, weight {alpha}" for alpha in ("1/64", "1/16", "1")]
+    alphas += ["share and weight 1/4", "share and weight 1", "share 1/64, weight 1", "share 1/16, weight 1"]
+    names = ["both signs", "mean over positives", "group-normalised", "equal groups dropped"]
+    shown = some("alpha", alphas) | some("ingredients", names)
+    columns = ("entropy", "error", "reward", "pass@1", "distinct_correct")
+    return means("positional law, H0 0.4", shown, columns)
 
 
 def some(experiment: str, labels: list[str]) -> Cells:
@@ -340,7 +341,7 @@ def some(experiment: str, labels: list[str]) -> Cells:
 
 
 RESULTS = ["GRPO", "GRPO, 640 samples", *SCOPE]
-OTHERS = ["entropy bonus 0.1", "AEPO", "constant T = 1.3", "SCOPE, published rule, H0 0.4"]
+OTHERS = ["entropy bonus 0.1", "constant T = 1.3", "SCOPE, published rule, H0 0.4"]
 CONTROL = [*RESULTS[:2], *OTHERS, *SCOPE, "SCOPE, positional, H0 0.4"]
 RESULT_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
 TUNED = ("entropy", "error", "lowest", "settling", "reward")

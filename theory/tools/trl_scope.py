@@ -199,7 +199,7 @@ def set_up(argv: list[str]) -> ScopeTrainer:
     if tokenizer("").input_ids == [tokenizer.bos_token_id]:  # TRL tokenizes, which adds it again
         prompts = [prompt.removeprefix(tokenizer.bos_token) for prompt in prompts]
     asked = zip(task.train, prompts, strict=True)
-    rows = [problem._replace(prompt=prompt)._asdict() for problem, prompt in asked]
+    rows = [problem._asdict() | {"prompt": prompt} for problem, prompt in asked]
 
     def is_right(completions, completion_ids, question, answer, **_) -> list[float]:
         """R of every completion; 0 for a truncated one."""

@@ -305,6 +305,7 @@ def neighbours() -> str:
             means = [np.mean([cells[label][seed][column] for seed in seeds]) for label in labels]
             row.append(", ".join(f"{mean:.1f}" if mean > 2 else f"{mean:.3f}" for mean in means))
         rows.append(row)
+    rows += [[name, 0, "not run"] + [""] * (len(columns) - 1) for name in ("RLRT", "OGER")]
     return markdown(["on GRPO, beside SCOPE", "seeds", *columns], rows)
 
 

@@ -236,4 +236,4 @@ def one_line_error(failure: str, kind: type[Exception] = ValueError) -> Iterator
         first_line = message.splitlines()[0].rstrip()
         if first_line.endswith(":"):
             first_line = " ".join(message.split())  # it only announces the lines below
-        raise kind(f"{failure}: {first_line:.400}") from None
+        raise kind(f"{failure}: {first_line:.400}") from error

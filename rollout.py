@@ -1,4 +1,4 @@
-"""Rollouts: sample completions at a temperature of their own, and score them under the same policy.
+"""Rollouts: sample completions, each at a temperature of its own, and score them at temperature 1.
 
 SCOPE needs samples of a policy pi, and a few of pi^T(a | s) = softmax(z(s) / T). `generate` draws
 both in one call. `score` gives each token's log pi(o_t | q, o_<t) and the entropy of its
@@ -13,8 +13,8 @@ tokens. It knows one temperature for a whole batch, though, and keeps no log-pro
 told to be greedy, and a logits processor, `Sampler`, does the drawing: it picks a token of each row
 at the row's own temperature, notes its log p and H, and hands on logits that leave only this token.
 
-A call continues the rows by a segment of 64 tokens. Then those that have ended leave the batch, so
-that the last long completion does not make all others wait. The cache is kept between the calls.
+Each call of it continues the rows by a segment of 64 tokens. Then those that have ended leave the
+batch, so that one long completion does not make all wait. The cache is kept between the calls.
 """
 
 import inspect
@@ -50,7 +50,7 @@ class Rollout:
     owner: Tensor  # [B] the prompt that each row answers
     completions: Tensor  # [B, C] token ids, padded on the right
     completion_mask: Tensor  # [B, C] bool, true up to and including the first end token
-    logprobs: Tensor  # [B, C] log pi_old of each token as it was drawn, at temperature 1; 0 outside
+    logprobs: Tensor  # [B, C] log pi_old of each token at temperature 1, from sampling; 0 outside
     entropies: Tensor  # [B, C] H of the distribution it came from, at temperature 1, nats
     truncated: Tensor  # [B] bool, true where no end token came within the length allowed
     texts: list[str]  # B completions without special tokens
@@ -71,12 +71,11 @@ class Sampler:
         self.noted: list[Tensor] = []  # [2, b] for each token: log pi_old, H
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        # Draw. In float64 the sum of 151,936 probabilities is exact enough. Apple's GPUs have none.
+        # Draw. In float64 the sum of 151,936 probabilities is exact enough.
         p = torch.softmax(logits / self.temperatures, -1)  # [b, V]
-        dtype = torch.float32 if p.device.type == "mps" else torch.float64
-        cumulative = p.cumsum(-1, dtype=dtype)
+        cumulative = p.cumsum(-1, dtype=self.uniforms.dtype)
         place = len(self.noted)
-        u = self.uniforms[:, place : place + 1].to(dtype)  # [b, 1]
+        u = self.uniforms[:, place : place + 1]  # [b, 1]
         total = cumulative[:, -1:]  # 1, up to rounding
         tokens = torch.searchsorted(cumulative, u * total, right=True)
         tokens = tokens.clamp(max=p.shape[1] - 1)
@@ -117,14 +116,12 @@ def generate(
     """Sample one completion of each prompt: row i from exactly softmax(z / temperatures[i]).
 
     Equal prompts are read once. The end token counts in max_completion_length. `uniforms` are the
-    random numbers in [0, 1), `[B, max_completion_length]`; by default they are drawn here. The same
-    numbers give the same completions, however the rows are batched.
+    random numbers in [0, 1), `[B, max_completion_length]`; by default they are drawn here.
     """
     started = time.perf_counter()
     device, own_config = model.device, model.generation_config
     if uniforms is None:
         uniforms = torch.rand(len(prompts), max_completion_length, dtype=torch.float64)
-
     ends = end_tokens(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -132,18 +129,20 @@ def generate(
 
     # `generate` fills what its caller leaves open from the model's own generation_config (Qwen3's
     # has temperature 0.6, top_k 20, top_p 0.95). So that is put aside as a whole while sampling.
+    if device.type == "mps":
+        uniforms = uniforms.float()  # Apple's GPUs have no float64
     temperatures, uniforms = temperatures.to(device), uniforms.to(device)
     pad = tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     try:
-        # An autocast around all of it keeps the weights that the body's autocast has cast.
+        # Where an autocast ends, its cast weights are lost. This outer one keeps the body's.
         with torch.autocast(device.type, enabled=False):
             completions, noted = decode(model, inputs, owner, temperatures, uniforms)
     finally:
         model.generation_config = own_config
 
-    # The completion is all before the first end token, and that token. It is found by position and
-    # not by id, since many models pad with their end token.
+    # The completion is all before the first end token, and that token. Padding is known by its
+    # place behind that, since its id may be the same.
     is_end = torch.isin(completions, torch.tensor(ends, device=device))  # [B, C]
     ends_before = is_end.cumsum(1) - is_end.long()
     mask = ends_before == 0
@@ -230,7 +229,7 @@ class AutocastCache(DynamicCache):
 
 
 def empty_cache(model: PreTrainedModel) -> AutocastCache | None:
-    """A new cache, or None where it does not hold each row by itself (a recurrent model's)."""
+    """A new cache, or None where its rows cannot be picked and copied (a recurrent model's)."""
     cache = AutocastCache(config=model.config)
     with_rows = DynamicLayer, DynamicSlidingWindowLayer
     if model._is_stateful or any(type(layer) not in with_rows for layer in cache.layers):
@@ -293,7 +292,7 @@ def states_after_shared_prompts(model: PreTrainedModel, samples: Rollout, rows: 
     prompts = samples.prompts[used, -L:]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
 
-    # All but its last token goes into the cache, which is then copied for each of its completions.
+    # All but the last token of a prompt goes into the cache, which is copied for its completions.
     if L > 1:
         before = prompts[:, :-1]
         places = positions[:, :-1]
@@ -375,7 +374,7 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
         tokens = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
         model.generation_config = GenerationConfig(**tokens)
 
-    # The check is exact, so it comes before everything that rounds.
+    # The check is exact, so it comes before everything that rounds, TF32 and bfloat16.
     device = torch.accelerator.current_accelerator(check_available=True)
     model.to(device or "cpu")
     torch.set_float32_matmul_precision("highest")
@@ -383,7 +382,7 @@ def load_policy(name: str, bf16: bool = False) -> tuple[PreTrainedModel, PreTrai
         torch.backends.cuda.enable_cudnn_sdp(False)  # can return NaN backward (pytorch #196678)
     check_sampled_is_scored(model, tokenizer)
     if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32, which the output head can do with
+        torch.set_float32_matmul_precision("high")  # TF32, exact enough for the output head
     if bf16:
         body, head = model.base_model, model.get_output_embeddings()
         bfloat16 = torch.autocast(model.device.type, torch.bfloat16)

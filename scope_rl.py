@@ -7,9 +7,10 @@ are sampled at a temperature T, and only the rewarded ones count:
     J_SCOPE = J_GRPO + alpha * E_{o ~ pi_old^T}[ 1[R = 1] 1/|o| sum_t min(r_t, clip(r_t)) ]
 
 The ratio r_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t) is at temperature 1, above and below the
-line, and clip keeps it in [1 - epsilon, 1 + epsilon]. Rewarded samples drawn hot are rarer tokens
-that turned out right, so reinforcing them raises the entropy. Drawn cold they lower it (theory/).
-So T is the knob. `TemperatureRule` turns it: it heats when H is too low, and cools when H is high.
+line, and clip keeps it in [1 - epsilon, 1 + epsilon]. It is no weight for drawing at T: rewarded
+samples drawn hot are made of rarer tokens, and reinforcing these raises the entropy, or lowers it
+less than samples drawn cold (theory/). So T is the knob. `TemperatureRule` turns it: it heats when
+H is too low, and cools when H is too high.
 
 Each sample is a row of one table. It says how the sample counts:
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from entropy import masked_mean
 
 ADVANTAGE_EPSILON = 1e-4  # "small" above
-BOOST_RATE = 1.5  # of alpha's logarithm, for each unit of T beyond T_max
+BOOST_RATE = 1.5  # log alpha grows by this for each unit of wanted T above T_max
 
 
 class Objective(NamedTuple):
@@ -48,7 +49,7 @@ class Objective(NamedTuple):
         return Objective(A[index], w[index], c[index])
 
     def has_gradient(self) -> Tensor:
-        """`[B]` bool: false for a sample that J does not depend on: no advantage and no bonus."""
+        """`[B]` bool: false for samples without a weight, or with neither advantage nor bonus."""
         counts = (self.advantages != 0) | (self.entropy_coefs != 0)
         return counts & (self.weights != 0)
 
@@ -60,7 +61,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """
     centred = rewards - rewards.mean(1, keepdim=True)  # [P, G]
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [P, 1]
-    centred = centred.masked_fill(equal, 0.0)  # else rounding would part equal grades
+    centred = centred.masked_fill(equal, 0.0)  # a rounded mean would leave a small advantage
     std = rewards.std(1, keepdim=True, unbiased=False)  # [P, 1]
     return centred / (std + ADVANTAGE_EPSILON)  # A
 
@@ -133,12 +134,12 @@ class TemperatureRule:
 
         T <- clip(T + gain (H_before - H) + integral_gain (H0 - H), T_min, T_max)
 
-    The last part moves T until H is H0. The middle part answers to the fall of H since the last
-    step, so it heats while the entropy still falls, and brakes before the target is reached.
-    Nothing winds up, because the clipped T is all that is kept (theory/README.md, section 8).
+    The first part answers to the change of H since the last step: it heats while H still falls, and
+    brakes before the target is reached. The second part moves T until H is H0. Nothing winds up,
+    because the clipped T is all that is kept (theory/README.md, section 8).
 
-    Where T_max is not hot enough, a max_boost above 1 lets the rule go on with the term's weight.
-    It keeps a T above T_max, draws at T_max, and multiplies alpha by exp(BOOST_RATE (T - T_max)).
+    With a max_boost above 1 the wanted T may pass T_max. Samples are then drawn at T_max, and alpha
+    is multiplied by exp(BOOST_RATE (wanted - T_max)) instead, by max_boost at most.
     """
 
     target: float  # H0
@@ -147,7 +148,7 @@ class TemperatureRule:
     minimum: float = 0.8  # T_min
     maximum: float = 1.2  # T_max
     max_boost: float = 1.0  # the largest factor of alpha
-    wanted: float = 1.0  # the T that is kept
+    wanted: float = 1.0  # T before T_max cuts it off, which is kept
     temperature: float = 1.0  # of the next step; 1 in the first
     boost: float = 1.0  # what alpha is multiplied by in the next step
     last_entropy: float | None = None  # H_before

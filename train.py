@@ -59,14 +59,14 @@ def train_step(run: "Run") -> tuple[dict, list[str]]:
     # 1. Sample G completions of each prompt at temperature 1, and M more at T, in one call.
     N, G, M = config.generation_batch_size, config.num_generations, config.num_auxiliary
     problems = problems_of_step(run)
-    owner = torch.cat([torch.arange(N) // G, torch.arange(M) % (N // G)])  # whose  [N + M]
+    owner = torch.cat([torch.arange(N) // G, torch.arange(M) % (N // G)])  # prompt of a row  [N + M]
     asked = [problems[i] for i in owner.tolist()]
     prompts = [run.prompts[problem.question] for problem in asked]
     temperatures = torch.cat([torch.ones(N), torch.full((M,), T)])
     length = config.max_completion_length
     samples = run.generate(model.eval(), run.tokenizer, prompts, temperatures, length)
 
-    # 2. Reward them. A completion that was cut off has not answered, and earns nothing.
+    # 2. Reward them. A completion that was cut off has not answered: it counts as a wrong one.
     rewards = grade(run.task, asked, samples)  # [N + M]
 
     # 3. Measure the entropy H of the ordinary completions' tokens, in nats.
@@ -86,12 +86,12 @@ def train_step(run: "Run") -> tuple[dict, list[str]]:
         in_batch = (owner % num_batches == m).to(model.device)
         rows = (in_batch & table.has_gradient()).nonzero()[:, 0]
         if len(rows) == 0:
-            continue  # in each group all rewards are equal
+            continue  # nothing here has a gradient
         for micro in rollout.micro_batches(model.train(), samples, rows, size):
             logprobs, entropies = rollout.score(model, samples, micro)  # [b, C]
-            old, weights = samples.logprobs[micro], table.rows(micro)
-            part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], weights, *clip)
-            (part * num_batches).backward()  # the table's weights are shares of the whole step
+            old, own = samples.logprobs[micro], table.rows(micro)
+            part, clipped = run.scope_loss(logprobs, old, entropies, mask[micro], own, *clip)
+            (part * num_batches).backward()  # w_i are shares of a step; this is one of its batches
             loss += part.detach()
             num_tokens += mask[micro].sum()
             num_clipped += clipped
@@ -101,9 +101,9 @@ def train_step(run: "Run") -> tuple[dict, list[str]]:
     run.rule(H)
     run.step += 1
     run.problems_seen += len(problems)
-    metrics = {"step": run.step, "entropy": H, "scope_temperature": T, "loss": float(loss)}
-    metrics |= {"grad_norm": mean(norms), "clip_fraction": float(num_clipped / max(1, num_tokens))}
-    metrics |= sample_metrics(samples, groups, auxiliary)
+    metrics = {"step": run.step, "entropy": H, "scope_temperature": T, "scope_alpha": alpha}
+    metrics |= {"loss": float(loss), "clip_fraction": float(num_clipped / max(1, num_tokens))}
+    metrics |= {"grad_norm": mean(norms), **sample_metrics(samples, groups, auxiliary)}
     return metrics, examples(asked, samples, rewards, temperatures)
 
 
@@ -111,7 +111,8 @@ def sample_metrics(samples, groups: Tensor, auxiliary: Tensor) -> dict:
     """Means over a step's ordinary completions, and the share of auxiliary ones that count.
 
     Of the other metrics, entropy is in nats a token, and of the policy before the update. The loss
-    is -J. grad_norm is before clipping. clip_fraction counts tokens that the ratio's clip cut off.
+    is -J. grad_norm is before clipping. clip_fraction is the share of the tokens taught whose
+    gradient the ratio's clip removed. scope_alpha is alpha with its boost.
     """
     N, M = groups.numel(), len(auxiliary)
     lengths = samples.completion_mask[:N].sum(1).float()
@@ -249,7 +250,7 @@ def train(run: "Run") -> None:
 
             # Say so when there is nothing to learn from.
             recent.append(metrics)
-            if sum(step["grad_norm"] == 0 for step in recent) == 8:
+            if sum(step["grad_norm"] == 0 for step in recent) >= 8:
                 tqdm.write(f"8 of 10 steps taught nothing: {reason(recent)}")
                 recent.clear()
 
@@ -279,6 +280,7 @@ BETWEEN = f"{THEORY}/tiny/between.py"
 START = f"{THEORY}/tiny/start-0"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRESETS = "qwen3-0.6b", "laptop", "tiny"
+PRESET_HELP = "constants: qwen3-0.6b if there is a GPU, else laptop if --model is given, else tiny"
 BAR = "{n}/{total} |{bar}| {elapsed}<{remaining}{postfix}"
 POSTFIX = "R={reward:.2f} H={entropy:.2f} T={scope_temperature:.2f}"
 
@@ -293,22 +295,22 @@ def option(default, help: str, laptop=None, tiny=None, **more):
 
 @dataclass
 class Config:
-    """Everything that a run depends on. ValueError names all that cannot work.
+    """Everything that a run depends on. Raises ValueError, which names what cannot work.
 
-    The first value is that of the preset qwen3-0.6b: the published constants, on one GPU. `tiny`
-    (a Qwen3 of 108 thousand parameters) departs from them because they are too weak at its scale:
-    alpha = 1/64 is 8 auxiliary samples a step, and T sticks at 1.2 while H drifts down.
+    The first value is that of the preset qwen3-0.6b: the published constants, on one GPU. They are
+    too weak for `tiny` (a Qwen3 of 108 thousand parameters): with 1/64 for share and alpha T sticks
+    at 1.2 while H drifts down. So `tiny` and `laptop` have more, and a rule without an offset.
     """
 
-    preset: str = option("qwen3-0.6b", "a set of constants", choices=PRESETS, group="run")
+    preset: str = option("qwen3-0.6b", PRESET_HELP, choices=PRESETS, group="run")
     output_dir: str = option("", "folder of the run; by default a new one in outputs/")
     resume: bool = option(False, "go on with the run in output_dir")
     seed: int = option(0, "seed for training; evaluations always use the same one", minimum=0)
     max_steps: int = option(500, "steps; each samples once", laptop=45, tiny=350)
     save_steps: int = option(50, "steps between checkpoints, and between samples shown", laptop=15)
 
-    model: str = option("Qwen/Qwen3-0.6B", "folder, or name on the hub", SMOLLM2, START, group="task")
-    task: str = option("gsm8k", "gsm8k, or a Python file with a function task", BETWEEN, COUNTDOWN)
+    model: str = option("Qwen/Qwen3-0.6B", "folder, or hub name", laptop=SMOLLM2, tiny=START, group="task")
+    task: str = option("gsm8k", "gsm8k, or a file with `task`", laptop=BETWEEN, tiny=COUNTDOWN)
     train_file: str | None = option(None, "JSONL with question and answer, for task gsm8k")
     test_file: str | None = option(None, "the same, to evaluate; by default a tenth of train_file")
     instruction: str | None = option(None, "said after each question; by default the task's")
@@ -328,14 +330,14 @@ class Config:
     scope_target_entropy: float = option(0.5, "H0, nats a token", tiny=0.4, group="SCOPE")
     scope_alpha: float = option(1 / 64, "alpha, the weight of the term", laptop=2.0, tiny=1.0)
     scope_share: float = option(1 / 64, "auxiliary samples per ordinary one", laptop=0.5, tiny=0.25)
-    scope_temperature_min: float = option(0.8, "lower clip of T", 0.9, 0.5, minimum=0.01)
-    scope_temperature_max: float = option(1.2, "upper clip of T", 1.5, 1.5, minimum=0.01)
+    scope_temperature_min: float = option(0.8, "smallest T", laptop=0.9, tiny=0.5, minimum=0.01)
+    scope_temperature_max: float = option(1.2, "largest T", laptop=1.5, tiny=1.5, minimum=0.01)
     scope_gain: float = option(1.0, "temperature per nat", tiny=8.0)
-    scope_integral_gain: float = option(0.0, "per nat and step; the paper has 0", 0.2, 0.4)
+    scope_integral_gain: float = option(0.0, "per nat and step; published: 0", laptop=0.2, tiny=0.4)
     scope_max_boost: float = option(1.0, "largest factor of alpha while T is at T_max", minimum=1)
 
-    bf16: bool = option(True, "body in bfloat16, with checkpointing", False, False, group="machine")
-    per_device_train_batch_size: int = option(8, "completions in a forward pass", 36, 1024)
+    bf16: bool = option(True, "body in bfloat16", laptop=False, tiny=False, group="machine")
+    per_device_train_batch_size: int = option(8, "completions in a pass", laptop=36, tiny=1024)
 
     def __post_init__(self) -> None:
         # Each value by itself.
@@ -485,8 +487,8 @@ def prompts_of(config: Config, task: Task, model, tokenizer) -> dict[str, str]:
 
     # The tokenizer must tell questions from each other, and fit the model.
     lengths = [len(row) for row in ids]
-    is_deaf = all(row == ids[0] for row in ids)
-    if min(lengths) == 0 or (is_deaf and len(set(questions)) > 1):
+    all_equal = all(row == ids[0] for row in ids)
+    if min(lengths) == 0 or (all_equal and len(set(questions)) > 1):
         raise ValueError(f"questions are empty or the same to {config.model}: check its tokenizer")
     V = model.get_input_embeddings().num_embeddings
     largest = max(max(row) for row in ids)
@@ -641,14 +643,16 @@ def main(argv: list[str] = ()) -> None:
     try:
         run = set_up(parse_config(argv))
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        sys.exit("error: " + (str(error).strip() or "interrupted before it began"))
+        said = str(error).strip() or "interrupted before it began"
+        sys.exit(f"error: {said}")
 
     stop_at_signals(run)
     config, parameters = run.config, run.model.num_parameters()
     task = Path(config.task).stem
     megabytes = 16 * parameters / 1e6
     print(f"preset {config.preset}: {config.algorithm} on {task}, into {run.output}")
-    print(f"{parameters:,} parameters on {run.model.device}, {len(run.task.train)} problems")
+    print(f"{parameters:,} parameters on {run.model.device}")
+    print(f"{len(run.task.train)} problems to train on")
     print(f"needs {megabytes:,.0f} MB of disk, and nearly as much again while it saves")
     resume = f"to go on: python train.py --resume --output_dir {shlex.quote(str(run.output))}"
     try:

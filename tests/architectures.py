@@ -35,9 +35,9 @@ SHARED, PLAIN = NAMES[:12], NAMES[12:14]
 
 
 def make_model(name: str, tokenizer, **changes) -> transformers.PreTrainedModel:
-    """A random model of the architecture; keyword arguments go to its config."""
+    """A random model of an architecture above, or a type of transformers; keyword arguments go to its config."""
     torch.manual_seed(0)
-    kind, options = ARCHITECTURES[name]
+    kind, options = ARCHITECTURES.get(name, (name, {}))
     names = "eos_token_id", "pad_token_id", "bos_token_id"  # the last is None
     ids = {name: getattr(tokenizer, name) for name in names}
     config = CONFIG_MAPPING[kind](vocab_size=len(tokenizer), **ids, **options | changes)

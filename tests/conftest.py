@@ -1,4 +1,4 @@
-"""Small random models and their tokenizer, and a run on one of them, for tests that need no training."""
+"""Small random models and their tokenizer, and runs on one of them, for tests that need no training."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,13 @@ import pytest
 import torch
 import transformers
 from architectures import make_model
-from run_helpers import EASY, SMALL
+from run_helpers import EASY, JUDGE, SMALL, go
 
 START = Path(__file__).parents[1] / "theory" / "tiny" / "start-0"
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the sums of other processes, which have one, are equal to the last bit
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,24 @@ def model_folder(home):
 def run_line(home, tmp_path):
     """Four steps on the small model, into the test's own folder."""
     return f"{SMALL} --model {home}/policy --task {home}/easy.py --output_dir {tmp_path}/run"
+
+
+@pytest.fixture(scope="session")
+def finished(home, tmp_path_factory):
+    """Runs that nothing stopped: of four and six steps, and of eight without evaluations."""
+    folder = tmp_path_factory.mktemp("finished")
+    for more in ("4", "6", "8 --num_eval_problems 0"):
+        run = f"--model {home}/policy --task {home}/easy.py --output_dir {folder}/{more[0]}"
+        assert go(f"{SMALL} {run} --max_steps {more}") is None
+    return folder
+
+
+@pytest.fixture
+def odd_line(run_line, tmp_path):
+    """A function that gives a command line of eight steps, whose reward does something odd in the third."""
+
+    def write(statement):
+        (tmp_path / "judge.py").write_text(JUDGE.format(statement))
+        return f"{run_line} --task {tmp_path}/judge.py --max_steps 8 --save_steps 100 --num_eval_problems 0"
+
+    return write

@@ -21,6 +21,21 @@ import countdown
 def task(config):
     return countdown.task(config)._replace(reward=lambda problem, completion: float(len(completion) % 2))
 """
+JUDGE = """
+import pathlib, time
+import countdown
+calls = 0
+
+def reward(problem, completion):
+    global calls
+    calls += 1
+    if calls == 90:  # in the third step, of 40 completions each
+        {}
+    return float(len(completion) % 2)
+
+def task(config):
+    return countdown.task(config)._replace(reward=reward)
+"""
 
 
 def go(line):

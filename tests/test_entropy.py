@@ -13,15 +13,15 @@ from entropy import logprobs_and_entropies, masked_mean, token_entropy
 def test_entropy_of_known_distributions():
     assert token_entropy(torch.zeros(17)).item() == pytest.approx(math.log(17))  # uniform
     assert token_entropy(torch.tensor([1000.0, 0.0, -1000.0])).item() == 0.0  # certain, with huge logits
-    p = torch.tensor([0.5, 0.25, 0.25])
-    assert token_entropy(p.log()).item() == pytest.approx(1.5 * math.log(2))
-    assert token_entropy(p.log() * 2, 2.0).item() == pytest.approx(1.5 * math.log(2))  # T undoes the factor
+    log_p = torch.tensor([0.5, 0.25, 0.25]).log()
+    for T in (1.0, 2.0):  # which undoes the factor
+        assert token_entropy(log_p * T, T).item() == pytest.approx(1.5 * math.log(2))
 
 
 def test_entropy_at_a_temperature_per_distribution():
     logits, T = torch.randn(5, 11), torch.tensor([0.1, 0.5, 1.0, 2.0, 10.0])
-    p = (logits.double() / T.double()[:, None]).exp()
-    p = p / p.sum(-1, keepdim=True)
+    weights = (logits.double() / T.double()[:, None]).exp()
+    p = weights / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(token_entropy(logits, T).double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=0)
 
 
@@ -88,7 +88,6 @@ def test_the_gradient_in_closed_form_is_that_of_finite_differences_in_float64():
 
 
 def test_no_tensor_of_all_logits_ever_exists():
-    """Every tensor that any operator makes is watched, in the forward and the backward pass."""
     N, D, V, chunk, largest = 64, 8, 500, 4, 0
 
     class Watch(TorchDispatchMode):
@@ -101,8 +100,7 @@ def test_no_tensor_of_all_logits_ever_exists():
 
     hidden, head = torch.randn(N, D, requires_grad=True), linear(torch.randn(V, D))
     with Watch():
-        sums = logprobs_and_entropies(hidden, head, torch.randint(V, (N,)), chunk)
-        (sums[0] + sums[1]).sum().backward()
+        sum(logprobs_and_entropies(hidden, head, torch.randint(V, (N,)), chunk)).sum().backward()
     assert hidden.grad is not None
     assert chunk * V <= largest <= max(chunk * V, V * D) < N * V / 4
 
@@ -125,8 +123,7 @@ def test_half_precision_states_meet_the_head_in_float32():
 
 
 def test_masked_mean_ignores_what_is_masked_even_nan():
-    nan, inf = math.nan, math.inf
-    values = torch.tensor([[1.0, 3.0, nan], [5.0, inf, nan], [nan] * 3], requires_grad=True)
+    values = torch.tensor([[1, 3, math.nan], [5, math.inf, math.nan], [math.nan] * 3], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     per_row = masked_mean(values, mask, dim=1)
     assert per_row.tolist() == [2.0, 5.0, 0.0]

@@ -104,7 +104,6 @@ def test_what_is_printed_is_what_the_answer_says(number, changed):
 
 
 def test_the_rule_of_the_challenge_runs_and_is_measured(tmp_path):
-    """The command of exercise 12, with the rule that it shows, on a run that is short."""
     (tmp_path / "my_rule.py").write_text(SNIPPETS[12][0])
     (command,) = re.findall(r"^python (theory/lab/beat.py my_rule.py)$", EXERCISES[12], re.M)
     script, rule = command.split()

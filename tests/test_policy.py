@@ -118,27 +118,16 @@ def test_a_model_that_is_not_causal_or_is_random_in_training_is_refused(load, to
         load()
 
 
-def test_what_cannot_be_trained_is_refused(load, random_model, tokenizer, tmp_path, monkeypatch):
-    """Quantized weights, frozen ones and those in half precision, an adapter, a tokenizer without an end."""
-    for change in (lambda w: w.requires_grad_(False), lambda w: setattr(w, "data", w.data.half())):
-        model = random_model()
-        change(model.model.layers[1].mlp.up_proj.weight)
-        with monkeypatch.context() as patch:
-            loaded = model, {"missing_keys": []}
-            patch.setattr(
-                transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, loaded=loaded, **k: loaded
-            )
-            with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight cannot be trained"):
-                load()
-    with pytest.raises(ValueError, match="quantized weights cannot be trained"):
-        load(random_model(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
-    endless = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    endless.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no end token"):
-        rollout.load_policy(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="has an adapter"):
-        rollout.load_policy(str(tmp_path))
+@pytest.mark.parametrize(
+    "change", [lambda w: w.requires_grad_(False), lambda w: setattr(w, "data", w.data.half())]
+)
+def test_frozen_weights_and_those_in_half_precision_are_refused(change, load, random_model, monkeypatch):
+    model = random_model()
+    change(model.model.layers[1].mlp.up_proj.weight)
+    loaded = lambda *_, **options: (model, {"missing_keys": []})  # noqa: E731
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight cannot be trained"):
+        load()
 
 
 @pytest.mark.parametrize("odd", [{"temperature": 0.9}, {"early_stopping": True, "length_penalty": 2.0}])

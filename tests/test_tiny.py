@@ -112,8 +112,6 @@ def test_sums_are_right_and_kept_apart():
 
 
 # --- The warm start
-
-
 CASES = {
     "qwen3": ("countdown", 60, "2,5,7:19=", countdown.EXPRESSION),
     "llama": ("sums", 100, "12+30=", re.compile(r"\d+\+\d+=\d+")),

@@ -28,12 +28,10 @@ def line(run_line):
 
 
 def set_up(line):
-    """A run that has not begun."""
     return train.set_up(train.parse_config(shlex.split(line)))
 
 
 def run(line):
-    """A whole run."""
     one = set_up(line)
     train.train(one)
     one.lock.release()
@@ -52,20 +50,20 @@ def weights_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-def spy(one, name):
-    """Note what a part of the run is given and returns."""
-    calls, part = [], getattr(one, name)
+@pytest.fixture
+def spy(monkeypatch):
+    """A function that notes what a part of a run or a module is given and returns, until the test ends."""
 
-    def noting(*given):
-        calls.append((given, part(*given)))
-        return calls[-1][1]
+    def begin(owner, name):
+        calls, part = [], getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: calls.append((given, part(*given))) or calls[-1][1])
+        return calls
 
-    setattr(one, name, noting)
-    return calls
+    return begin
 
 
 # --- One step
-def test_every_problem_comes_once_a_pass_in_a_new_order(line, monkeypatch):
+def test_every_problem_comes_once_a_pass_in_a_new_order(line, spy):
     one = set_up(line)  # 8 problems a step
     problems = [reward.Problem(str(i), "") for i in range(10)]
     one.task = one.task._replace(train=problems)
@@ -80,13 +78,12 @@ def test_every_problem_comes_once_a_pass_in_a_new_order(line, monkeypatch):
     assert len({tuple(p) for p in passes}) == 16
     assert drawn(0, seed=4) != drawn(0)
     assert drawn(4) == drawn(0)[4:] + drawn(8)[:4]  # whatever the batch size was before
-    made, default_rng = [], np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or default_rng(seed))
+    made = spy(np.random, "default_rng")
     drawn(8)
-    assert made == [[3, 0], [3, 1]]  # an order is drawn once a pass, however many problems there are
+    assert [seed for (seed,), _ in made] == [[3, 0], [3, 1]]  # once a pass, however many problems there are
 
 
-def test_a_step_samples_and_counts_as_the_method_says(line):
+def test_a_step_samples_and_counts_as_the_method_says(line, spy):
     """Whose completion each row is, its advantage within its prompt's group, and the metrics, one sample at a time."""
     options = "--scope_share 0.5 --scope_alpha 0.3 --entropy_coef 0.2 --max_completion_length 5 --seed 2"
     one = set_up(f"{line} {options}")
@@ -130,12 +127,12 @@ def test_a_step_samples_and_counts_as_the_method_says(line):
     # The case tells them apart.
     assert len({np.mean(x) for x in (rewards[:N], rewards, rewards[N:], right[N:])}) == 4
     assert np.mean(lengths[:N]) != np.mean(lengths)
-    for i, line in zip((0, -1), shown, strict=True):  # one sample of each temperature
-        assert line.startswith(f"T {temperatures[i]:.2f}, reward {rewards[i]:g}: ")
-        assert line.endswith(f" -> {samples.texts[i]!r}")
+    for i, said in zip((0, -1), shown, strict=True):  # one sample of each temperature
+        assert said.startswith(f"T {temperatures[i]:.2f}, reward {rewards[i]:g}: ")
+        assert said.endswith(f" -> {samples.texts[i]!r}")
 
 
-def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(line):
+def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(line, spy):
     """And its boost the weight of the term; the rule has the run's own constants."""
     gains = "--scope_gain 0.5 --scope_integral_gain 0.2 --scope_max_boost 2 --scope_target_entropy 2.8"
     limits = "--scope_temperature_min 0.9 --scope_temperature_max 1.1 --scope_alpha 0.3"
@@ -159,7 +156,7 @@ SHARES = {"": 8, "--scope_share 0.001": 1, "--scope_share 0": 0, "--algorithm gr
 
 
 @pytest.mark.parametrize(("more", "M"), SHARES.items())
-def test_auxiliary_samples_of_each_algorithm(line, more, M):
+def test_auxiliary_samples_of_each_algorithm(line, spy, more, M):
     """A quarter of 32, never fewer than one, and none in GRPO, whose temperature never moves."""
     one = set_up(f"{line} {more}")
     calls = spy(one, "generate")
@@ -176,7 +173,7 @@ def plain_gradient_descent(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: sgd(parameters, lr=1.0))
 
 
-def test_an_update_equals_plain_gradient_steps(line, monkeypatch):
+def test_an_update_equals_plain_gradient_steps(line, spy, monkeypatch):
     """Against one forward pass a sample, autograd's log_softmax, J's equations, and steps made by hand."""
     plain_gradient_descent(monkeypatch)
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 0.5)
@@ -223,21 +220,6 @@ def test_an_update_equals_plain_gradient_steps(line, monkeypatch):
         torch.testing.assert_close(one.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 7])
-def test_micro_batches_do_not_change_the_update(line, model_folder, tmp_path, size, monkeypatch):
-    plain_gradient_descent(monkeypatch)
-    line += " --learning_rate 10 --entropy_coef 0.1"
-    whole, expected = after_one_step(line)
-    parts, got = after_one_step(f"{line} --per_device_train_batch_size {size} --output_dir {tmp_path}/parts")
-    moved, start = 0.0, weights_of(model_folder)
-    for name, value in whole.model.state_dict().items():
-        moved = max(moved, (value - start[name]).abs().max().item())
-        torch.testing.assert_close(parts.model.state_dict()[name], value, atol=1e-5, rtol=1e-4)
-    assert moved > 1e-2
-    for name in ("loss", "grad_norm", "clip_fraction", "entropy"):
-        assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
-
-
 def test_the_gpu_presets_precision_on_a_cpu(line, tmp_path):
     """bfloat16 autocast and gradient checkpointing: the same step up to rounding, with float32 weights throughout."""
     plain, expected = after_one_step(line)
@@ -256,13 +238,6 @@ def test_nothing_to_learn_from_changes_nothing(line, model_folder):
     assert all(torch.equal(value, start[name]) for name, value in one.model.state_dict().items())
     assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (0.0, 0.0, 0.0)
     assert metrics["entropy"] > 0  # measured all the same
-
-
-def test_one_update_a_step_is_on_policy_and_never_clipped(line, tmp_path):
-    """What was noted while sampling is what scoring finds: the ratio is 1 up to rounding."""
-    for epsilon in ("0.2", "1e-4"):
-        more = f"--num_mini_batches 1 --epsilon {epsilon} --output_dir {tmp_path}/{epsilon}"
-        assert after_one_step(f"{line} {more}")[1]["clip_fraction"] == 0
 
 
 def test_an_entropy_bonus_raises_the_entropy(line, monkeypatch):
@@ -332,27 +307,20 @@ def test_an_evaluation_is_pass_at_k_of_each_problem(line, monkeypatch):
     assert one.evaluations["before"] == pytest.approx(expected)
 
 
-def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(line, tmp_path, monkeypatch):
-    texts, generate = [], rollout.generate
-
-    def noting(*given):
-        samples = generate(*given)
-        texts[-1] += samples.texts
-        return samples
-
-    for i, more in enumerate(("--seed 1", "--generation_batch_size 8", "--generation_batch_size 56")):
-        one = set_up(f"{line} {more} --output_dir {tmp_path}/{i}")
-        texts.append([])
-        with monkeypatch.context() as patch:
-            patch.setattr(rollout, "generate", noting)
-            train.evaluate(one, "before")
+def test_an_evaluation_is_drawn_the_same_whatever_batch_size_and_seed(line, spy, tmp_path):
+    texts, calls = [], spy(rollout, "generate")
+    for more in ("--seed 1", "--generation_batch_size 8", "--generation_batch_size 56"):
+        one = set_up(f"{line} {more} --output_dir {tmp_path}/{len(texts)}")
+        calls.clear()
+        train.evaluate(one, "before")
+        texts.append([text for _, samples in calls for text in samples.texts])
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 12
     assert len(set(texts[0])) > 6
 
 
 # --- A run and its files
-def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
+def test_presets_defaults_and_precedence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train.parse_config([]).preset == "tiny"
     assert train.parse_config(["--model", "x"]).preset == train.parse_config(["--model=x"]).preset == "laptop"
@@ -365,13 +333,6 @@ def test_presets_defaults_and_precedence(tmp_path, monkeypatch):
     assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
     assert (config.scope_integral_gain, config.scope_max_boost, config.num_auxiliary) == (0.0, 1.0, 2)
     assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
-    # A resumed run keeps its config, except for what the command line says.
-    values = vars(train.parse_config(["--preset", "tiny"]))
-    values |= {"epsilon": 0.3, "max_steps": 7, "scope_alpha": 0.7}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    config = train.parse_config(["--resume", "--output_dir", str(tmp_path), "--max_steps", "9"])
-    kept = values | {"max_steps": 9, "resume": True, "output_dir": str(tmp_path)}
-    assert vars(config) == kept
 
 
 def test_help_lists_every_option(capsys):
@@ -414,41 +375,31 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(line, model_folder, t
     assert metrics_of(tmp_path / "other") != metrics_of(folder)
 
 
-def test_the_instruction_is_the_tasks_or_ones_own(line, tmp_path, monkeypatch):
-    asked, inner = [], rollout.format_prompts
-    monkeypatch.setattr(rollout, "format_prompts", lambda *given: asked.append(given[2]) or inner(*given))
+def test_the_instruction_is_the_tasks_or_ones_own(line, spy, tmp_path):
+    calls = spy(rollout, "format_prompts")
     for i, more in enumerate(("", "--instruction 'Be brief.'")):
         set_up(f"{line} --task {countdown.__file__} {more} --output_dir {tmp_path}/{i}")
-    assert asked == [countdown.INSTRUCTION, "Be brief."]
+    assert [instruction for (_, _, instruction), _ in calls] == [countdown.INSTRUCTION, "Be brief."]
 
 
-def test_a_checkpoint_holds_all_that_steps_hand_on(line, tmp_path, monkeypatch):
-    """Weights, AdamW's moments and counters, the rule, and what was seen; rows written after it go."""
+def test_a_checkpoint_is_read_on_the_cpu_and_holds_the_rule_and_the_evaluations(line, tmp_path, monkeypatch):
+    """That a resumed run goes on as if it had not been stopped is tested in robust."""
     saved, save = [], train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda run: saved.append(run.step) or save(run))
     finished = run(f"{line} --max_steps 3 --scope_max_boost 4")
     assert saved == [2, 3]  # every second step, and the last
     finished.rule(0.01)
     save(finished)
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4}\n{"st')
     places, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *path, **more: places.append(more) or load(*path, **more))
     resumed = set_up(f"--resume --output_dir {tmp_path}/run")
-    # On the CPU, where AdamW's counters cost no waiting and nothing is on the GPU twice; and no code is run.
+    # AdamW's counters cost no waiting there, and nothing is on the GPU twice; and no code is run.
     assert places == [{"map_location": "cpu", "weights_only": True}]
-    assert (resumed.step, resumed.problems_seen) == (3, 24)
     assert resumed.rule == finished.rule
     assert resumed.rule.boost > 1
     assert list(resumed.evaluations) == ["before", "after"]
     monkeypatch.setattr(rollout, "generate", lambda *_: pytest.fail("it is evaluated again"))
     train.evaluate(resumed, "before")
-    assert resumed.task.train == finished.task.train
-    assert [row["step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
-    for a, b in zip(finished.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-        for name, value in finished.optimizer.state[a].items():
-            assert torch.equal(value, resumed.optimizer.state[b][name])
     assert isinstance(resumed.optimizer, torch.optim.AdamW)
     assert resumed.optimizer.param_groups[0]["weight_decay"] == 0
 

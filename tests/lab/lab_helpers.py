@@ -12,6 +12,12 @@ import variants
 
 REWARDS = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
 AUXILIARY = torch.tensor([1.0, 0, 1, 1, 0])
+TASK = """
+import countdown
+
+def task(config):
+    return countdown.task(config)._replace(reward=lambda problem, text: float(sum(map(ord, text)) % 2))
+"""  # about half of all completions are right
 
 
 def json_lines(rows) -> str:

@@ -1,5 +1,6 @@
 """What pages promise: their code runs, their commands work, and calculations that they quote are repeated."""
 
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 import yaml
+from lab_helpers import json_lines
 
 import benchmark
 import report
@@ -55,19 +57,15 @@ def test_ones_own_task(full, tmp_path):
     (tmp_path / "my_task.py").write_text(OWN_TASK)
     task = train.runpy.run_path(str(tmp_path / "my_task.py"))["task"](None)
     assert not set(task.train) & set(task.test)
-    earns = {
-        1: "9+9+6 9+9+5+1 9+9+9-3",
-        0.5: "9+9+4+1+1",
-        0: "9+9+5 24 9+9+6=24 9+15 9**9**9 '9+9+6\n' ٩+٩+٦",
-    }
+    earns = {1: "9+9+6 9+9+5+1 9+9+9-3", 0.5: "9+9+4+1+1"}
+    earns[0] = "9+9+5 24 9+9+6=24 9+15 9**9**9 '9+9+6\n' ٩+٩+٦"
     for expected, completions in earns.items():
         for text in shlex.split(completions):
             assert task.reward(task.train[0], text) == expected, text
 
     run("train.py.*--task my_task.py", QUESTIONS, tmp_path, *([] if full else FEW), "--output_dir=run")
-    rewards = [
-        json.loads(row)["reward"] for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rewards = [json.loads(row)["reward"] for row in rows]
     assert not full or (rewards[0] < 0.4 and np.mean(rewards[-20:]) > 0.9)
 
 
@@ -78,11 +76,9 @@ def test_the_recipe_for_ones_own_questions(real, tmp_path):
     if real:
         model, steps = os.environ.get("SMOLLM2") or pytest.skip("SMOLLM2 is not set"), ["--max_steps=25"]
         question = "Which number is larger, {} or {}?"
-    pairs = [(a, b) for a in range(11, 25) for b in range(31, 45)]
-    lines = [
-        json.dumps({"question": question.format(a, b), "answer": b if real else a + b}) for a, b in pairs
-    ]
-    (tmp_path / "FILE").write_text("\n".join(lines))
+    pairs = itertools.product(range(11, 25), range(31, 45))
+    rows = [{"question": question.format(a, b), "answer": b if real else a + b} for a, b in pairs]
+    (tmp_path / "FILE").write_text(json_lines(rows))
     run("train.py.*--train_file FILE", QUESTIONS, tmp_path, f"--model={model}", "--output_dir=run", *steps)
     evaluations = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert not real or evaluations["before"]["pass@1"] < 0.3 < 0.6 < evaluations["after"]["pass@1"]
@@ -91,10 +87,8 @@ def test_the_recipe_for_ones_own_questions(real, tmp_path):
 def test_math_verify_as_a_judge(tmp_path, monkeypatch):
     pytest.importorskip("math_verify")
     monkeypatch.chdir(tmp_path)
-    lines = [
-        json.dumps({"question": answer, "answer": answer}) for answer in (r"\frac{1}{2}", "x^2+2x+1", "42")
-    ]
-    Path("train.jsonl").write_text("\n".join(lines))
+    rows = [{"question": answer, "answer": answer} for answer in (r"\frac{1}{2}", "x^2+2x+1", "42")]
+    Path("train.jsonl").write_text(json_lines(rows))
     exec(JUDGE, scope := {})
     task = scope["task"](None)
     half, square = task.train

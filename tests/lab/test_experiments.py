@@ -15,25 +15,20 @@ import sums
 import train
 
 
-def config_of(options: str) -> train.Config:
-    _, arguments = experiments.kinds_and_arguments(options)
+def kinds_and_config(options: str) -> tuple[list[type], train.Config]:
+    kinds, arguments = experiments.kinds_and_arguments(options)
     model = ["--model", "a-llama"] if "--train_file" in arguments else []  # the preset's reads no words
-    return train.parse_config(["--preset", "tiny", *model, "--output_dir", "x", *arguments])
+    return kinds, train.parse_config(["--preset", "tiny", *model, "--output_dir", "x", *arguments])
 
 
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS)
 def test_every_cell_of_the_grid_is_a_config_of_its_own(experiment):
     table = experiments.EXPERIMENTS[experiment]
-    kinds = [experiments.kinds_and_arguments(options)[0] for options in table.values()]
-    configs = {
-        (str(kind), str(config_of(options))) for kind, options in zip(kinds, table.values(), strict=True)
-    }
-    assert len(configs) == len(table)
+    assert len({str(kinds_and_config(options)) for options in table.values()}) == len(table)
 
 
 def test_the_rows_of_scope_are_the_preset_s():
-    preset = train.parse_config(["--preset", "tiny", "--output_dir", "x"])
-    assert config_of(experiments.SCOPE) == preset
+    assert kinds_and_config(experiments.SCOPE) == kinds_and_config("")
 
 
 def test_every_row_stands_in_a_table():
@@ -56,6 +51,7 @@ def test_a_variants_run_leaves_a_row_and_the_core_and_resumes_as_if_it_had_not_s
     names = {"reward", "scope_temperature", "num_right", "pass@4", "distinct_correct", "pass@1 before"}
     assert names < whole.keys() and len(whole["num_right"]) == 2
     assert np.mean(whole["entropies"][-7:]) == pytest.approx(whole["entropy"], abs=1e-4)
+    assert whole["scope_temperature"] == 1  # EntroPIC leaves it, where the core's rule would move it
 
     # A run that is stopped after five steps, and goes on.
     train_step, asked = train.train_step, []
@@ -77,7 +73,7 @@ def test_a_variants_run_leaves_a_row_and_the_core_and_resumes_as_if_it_had_not_s
 
     # Nothing of the core was changed, and a run after it has the core's parts.
     now = rollout.generate, scope_rl.objective_table, scope_rl.scope_loss, scope_rl.TemperatureRule.__call__
-    run = train.set_up(config_of(f"{SHORT} --output_dir {tmp_path / 'after'}"))
+    run = train.set_up(kinds_and_config(f"{SHORT} --output_dir {tmp_path / 'after'}")[1])
     assert now == core == (run.generate, run.objective_table, run.scope_loss, type(run.rule).__call__)
 
 
@@ -89,12 +85,9 @@ def test_other_names_are_refused():
 def test_the_questions_of_transfer_are_right_and_kept_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORK", tmp_path / "folder")
     experiments.write_sums()
-    problems = {
-        split: reward.load_problems(experiments.WORK / f"{split}.jsonl") for split in ("train", "test")
-    }
-    assert {split: len(those) for split, those in problems.items()} == {"train": 128, "test": 128}
-    assert not set(problems["train"]) & set(problems["test"])
-    for problem in problems["train"] + problems["test"]:
+    tested, trained = (reward.load_problems(path) for path in sorted(experiments.WORK.iterdir()))
+    assert len(trained) == len(tested) == 128 and not set(trained) & set(tested)
+    for problem in trained + tested:
         a, b = problem.question.removesuffix("=").split("+")
         assert int(problem.answer) == int(a) + int(b)
 

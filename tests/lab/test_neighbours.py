@@ -74,9 +74,7 @@ def test_avspo_counts_virtual_rewards_in_mean_and_deviation():
 
 
 @pytest.mark.parametrize(("step", "foreign"), [(0, 4), (35, 2), (69, 0)])
-def test_s2l_po_takes_answers_of_a_smaller_model(
-    step, foreign, random_model, tokenizer, tmp_path, monkeypatch
-):
+def test_s2l_po_takes_a_smaller_models_answers(step, foreign, random_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "EXPLORERS", tmp_path)
     random_model(hidden_size=16).save_pretrained(tmp_path / "smaller-1")
     tokenizer.save_pretrained(tmp_path / "smaller-1")

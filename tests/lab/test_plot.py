@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lab_helpers import json_lines, stops_with_one_line
 
 import plot
 
@@ -17,11 +18,10 @@ def write_run(folder: Path, algorithm: str, rewards: list[float], evaluations: d
     """A run's files, made by hand; metrics end in half a line, as while one is being written."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"algorithm": algorithm, "scope_target_entropy": 0.4}))
-    lines = ""
+    rows = []
     for i, reward in enumerate(rewards, start=1):
-        metrics = {"step": i, "reward": reward, "entropy": reward / 2, "scope_temperature": 1 + reward}
-        lines += json.dumps(metrics) + "\n"
-    (folder / "metrics.jsonl").write_text(lines + '{"step": 9, "rew')
+        rows.append({"step": i, "reward": reward, "entropy": reward / 2, "scope_temperature": 1 + reward})
+    (folder / "metrics.jsonl").write_text(json_lines(rows) + '{"step": 9, "rew')
     if evaluations:
         (folder / "eval.json").write_text(json.dumps(evaluations))
     return folder
@@ -29,15 +29,14 @@ def write_run(folder: Path, algorithm: str, rewards: list[float], evaluations: d
 
 def test_a_picture_shows_what_the_files_of_its_runs_hold(tmp_path):
     """Every point of every panel; H0 and T belong to SCOPE alone; a run that goes on has no end yet."""
-    a = write_run(tmp_path / "a", "scope", [0.1, 0.3, 0.2], EVALUATED)
-    b = write_run(tmp_path / "b", "grpo", [0.5, 0.6], BEFORE)
-    c = write_run(tmp_path / "c", "grpo", [0.8], {})
-    runs = {folder.name: plot.read(folder) for folder in (a, b, c)}
-    figure = plot.draw(runs)
-    shown = []
+    write_run(tmp_path / "a", "scope", [0.1, 0.3, 0.2], EVALUATED)
+    write_run(tmp_path / "b", "grpo", [0.5, 0.6], BEFORE)
+    write_run(tmp_path / "c", "grpo", [0.8], {})
+    runs = {name: plot.read(tmp_path / name) for name in "abc"}
+    figure, shown = plot.draw(runs), []
     for axis in figure.axes:
-        lines = [(line.get_label(), line.get_color(), line.get_xydata().tolist()) for line in axis.get_lines()]  # fmt: skip
-        shown.append([line for line in lines if line[2]])
+        lines = [line for line in axis.get_lines() if len(line.get_xydata())]
+        shown.append([(line.get_label(), line.get_color(), line.get_xydata().tolist()) for line in lines])
     reward, entropy, temperature, pass_at_1, distinct = shown
     assert reward[:2] == [("a", "C0", [[1, 0.1], [2, 0.3], [3, 0.2]]), ("b", "C1", [[1, 0.5], [2, 0.6]])]
     assert entropy[0] == ("a", "C0", [[1, 0.05], [2, 0.15], [3, 0.1]])
@@ -85,6 +84,4 @@ def test_what_is_no_run_or_cannot_be_drawn_ends_in_one_line(tmp_path, file, cont
     if content is not None:
         (run / file).write_text(content)
     given = [str(tmp_path / file)] if file == "missing" else [str(run), "--output", str(tmp_path / file)]
-    with pytest.raises(SystemExit, match=message.replace("no run", "is not a run of train.py")) as stop:
-        plot.main(given)
-    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    stops_with_one_line(plot.main, given, message.replace("no run", "is not a run of train.py"))

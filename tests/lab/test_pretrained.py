@@ -1,10 +1,9 @@
 """theory/lab/pretrained.py and the tasks it was run on."""
 
-import json
 import re
 
-import numpy as np
 import pytest
+from lab_helpers import json_lines
 
 import arithmetic
 import between
@@ -14,18 +13,11 @@ import reward
 import train
 
 
-@pytest.mark.parametrize("module", [arithmetic, between])
-def test_the_splits_share_no_problem(module):
-    task, again = (
-        module.task(train.Config(seed=3, output_dir="x")),
-        module.task(train.Config(seed=4, output_dir="x")),
-    )
+@pytest.mark.parametrize("module, size", [(arithmetic, 400), (between, 345)])
+def test_the_splits_share_no_problem(module, size):
+    task, again = (module.task(train.Config(seed=seed, output_dir="x")) for seed in (3, 4))
     assert task.test == again.test and task.train != again.train and sorted(task.train) == sorted(again.train)
-    assert (
-        len(task.train + task.test)
-        == len({*task.train, *task.test})
-        == (400 if module is arithmetic else 345)
-    )
+    assert len(task.train + task.test) == len({*task.train, *task.test}) == size
 
 
 def test_the_last_digits_of_an_answer_count():
@@ -50,11 +42,8 @@ def test_every_label_is_a_config_of_its_own_that_is_named_so():
 
 def test_a_short_run_of_the_pretrained_kind_leaves_a_row(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "WORK", tmp_path / "work")
-    task = train.THEORY / "tiny" / "countdown.py"
-    common = (
-        f"--preset tiny --generation_batch_size 8 --num_generations 4 --num_eval_problems 2 --task {task}"
-    )
-    monkeypatch.setattr(pretrained, "COMMON", common)
+    common = "--preset tiny --generation_batch_size 8 --num_generations 4 --num_eval_problems 2 --task "
+    monkeypatch.setattr(pretrained, "COMMON", common + str(train.THEORY / "tiny" / "countdown.py"))
     monkeypatch.setattr(pretrained, "LABELS", {"short": "@mean_over_positives --max_steps 6"})
     row = pretrained.one_run(str(model_folder), "short", 1)
     assert {len(row[name]) for name in pretrained.KEPT} == {6}
@@ -75,18 +64,14 @@ def test_the_table_compares_the_last_fifth_with_grpo_s(tmp_path, monkeypatch):
         after = {"pass@1": 0.25, "distinct_correct": distinct}
         row |= {"label": f"12 prompts: {label}", "seed": seed, "target": 0.5, "question": ["?"]}
         rows.append(row | {"evaluations": {"after": after}, "texts": [["a|b"], [f"of {seed}"]]})
-    pretrained.ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    measured = [pretrained.measures(row) for row in rows[:2]]
-    assert [m["error"] for m in measured] == pytest.approx([0.4, 0.0])
-    assert [m["lowest"] for m in measured] == pytest.approx([0.8, 0.8])
+    pretrained.ROWS.write_text(json_lines(rows))
+    for row, error in zip(rows[:2], (0.4, 0.0), strict=True):
+        measured = pretrained.measures(row)
+        numbers = [measured[name] for name in ("first", "error", "lowest")]
+        assert numbers == pytest.approx([2.0, error, 0.8])
     grpo, scope = (line.strip("| ").split(" | ") for line in pretrained.comparison().splitlines()[2:])
     assert grpo[0] == "12 prompts: GRPO" and grpo[2] == "0.200"
     values = [float(cell.split(" ±")[0]) for cell in scope[2:]]
     assert values == pytest.approx([0.6, 0.2, 0.8, 1, 1, 0.25, 3.5, 0.4, 1.5], abs=0.051)
-    last = pretrained.answers().splitlines()[2:]
-    assert last == [
-        "| before | `a/b` |",
-        "| 12 prompts: GRPO | `of 0` |",
-        "| 12 prompts: SCOPE, H0 0.5 | `of 0` |",
-    ]
-    assert np.isclose(pretrained.measures(rows[0])["first"], 2.0)
+    last = ["| before | `a/b` |", "| 12 prompts: GRPO | `of 0` |", "| 12 prompts: SCOPE, H0 0.5 | `of 0` |"]
+    assert pretrained.answers().splitlines()[2:] == last

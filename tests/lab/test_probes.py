@@ -6,18 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from lab_helpers import json_lines
+from lab_helpers import TASK, json_lines
 from test_neighbours import logits_of
 
 import probes
 import train
 from entropy import token_entropy
-
-TASK = """import countdown
-
-def task(config):
-    return countdown.task(config)._replace(reward=lambda problem, text: float(len(text) % 2))
-"""
 
 
 @pytest.fixture
@@ -135,10 +129,8 @@ def test_one_factor_is_the_weighted_least_squares_fit():
     groups = [[row for row in rows if (row["sign"], row["temperature"]) == kind] for kind in kinds]
     measured = np.array([[row["held_out"] for row in group] for group in groups])
     predicted = np.array([[row["predicted"] for row in group] for group in groups])
-    w = 8**0.5 / measured.std(1, ddof=1)
-    (slope,), (misses,), *_ = np.linalg.lstsq(
-        (predicted.mean(1) * w)[:, None], measured.mean(1) * w, rcond=None
-    )
+    x, y, w = predicted.mean(1), measured.mean(1), 8**0.5 / measured.std(1, ddof=1)
+    (slope,), (misses,), *_ = np.linalg.lstsq((x * w)[:, None], y * w, rcond=None)
     assert (k, chi2, freedom) == (pytest.approx(slope), pytest.approx(misses), 9)
 
 

@@ -1,10 +1,10 @@
 """theory/lab/report.py and intervals.py: statistics by hand or by another formula, tables, and the pages."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from lab_helpers import json_lines
 
 import experiments
 import intervals
@@ -17,38 +17,33 @@ def test_students_t_is_the_one_of_the_tables():
         assert intervals.student_t(freedom, level) == pytest.approx(t, abs=6e-4)
 
 
-def test_an_interval_shows_two_of_its_digits():
+def test_intervals_are_those_by_hand():
     assert intervals.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.3027 / math.sqrt(3), rel=1e-4))
+    # Strata: squares of 2 and 8 over 2 degrees of freedom make a variance of 5, of the mean 5 / 4; t is 4.303.
+    mean, half = intervals.stratified([[1.0, 3.0], [10.0, 14.0]])
+    assert (mean, half) == (7.0, pytest.approx(4.3027 * math.sqrt(5 / 4), rel=1e-4))
+    # Not paired: variances 1 and 4 of three each give 5/3, its root 1.291; 2.94 degrees of freedom, t 3.22.
+    assert intervals.welch([1.0, 2.0, 3.0], [4.0, 2.0, 0.0]) == "+0.00 ± 4.16"
+    values = [0.1, 0.5, 0.9, 0.2]  # of a mean the jackknife's interval is Student's
+    assert intervals.jackknife(np.mean, values) == pytest.approx(intervals.interval(values))
+
+
+def test_an_interval_shows_two_of_its_digits():
     series = [1.0, 2.0, 3.0], [10.0, 20.0, 30.0], [0.1234], [0.5, 0.5]
     assert [*map(intervals.show, series)] == ["2.0 ± 2.5", "20 ± 25", "0.123", "0.500"]
 
 
 def test_newey_west_is_the_error_of_the_mean_of_a_series_with_memory():
     """x_t = .6 x_(t-1) + e_t has a mean of standard error 1 / (.4 sqrt(n)), 2 times what independence says."""
-    rng = np.random.default_rng(0)
-    means, errors, naive = [], [], []
-    for _ in range(300):
-        x = np.zeros(900)
-        for t in range(1, 900):
-            x[t] = 0.6 * x[t - 1] + rng.normal()
-        means.append(x[100:].mean())
-        errors.append(intervals.newey_west(x[100:]))
-        naive.append(x[100:].std() / 800**0.5)
-    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
-    assert np.mean(errors) == pytest.approx(1 / (0.4 * 800**0.5), rel=0.1)
-    assert np.mean(naive) == pytest.approx(np.mean(errors) / 2, rel=0.1)
+    x = np.random.default_rng(0).normal(size=(900, 300))  # 300 series, which forget their first 100 values
+    for t in range(1, 900):
+        x[t] += 0.6 * x[t - 1]
+    series = x[100:].T
+    error = np.mean([intervals.newey_west(values) for values in series])
+    assert error == pytest.approx(np.std(series.mean(1)), rel=0.1)
+    assert error == pytest.approx(1 / (0.4 * 800**0.5), rel=0.1)
+    assert np.mean(series.std(1) / 800**0.5) == pytest.approx(error / 2, rel=0.1)
     assert intervals.newey_west([1.0, 2.0, 4.0], lags=0) == pytest.approx(np.std([1, 2, 4]) / 3**0.5)
-
-
-def test_welch_does_not_pair():
-    # By hand: variances 1 and 4 of three each give 5/3, its root 1.291; 2.94 degrees of freedom, t 3.22.
-    assert intervals.welch([1.0, 2.0, 3.0], [4.0, 2.0, 0.0]) == "+0.00 ± 4.16"
-
-
-def test_strata_have_means_of_their_own_and_one_variance():
-    # By hand: squares of 2 and 8 over 2 degrees of freedom make a variance of 5, of the mean 5 / 4; t is 4.303.
-    mean, half = intervals.stratified([[1.0, 3.0], [10.0, 14.0]])
-    assert (mean, half) == (7.0, pytest.approx(4.3027 * math.sqrt(5 / 4), rel=1e-4))
 
 
 def test_the_top_of_a_parabola_and_its_interval():
@@ -60,34 +55,25 @@ def test_the_top_of_a_parabola_and_its_interval():
     design = [[X**2, X, *np.eye(6)[i]] for i, group in enumerate(groups) for X, _ in group]
     a, b, *_ = np.linalg.lstsq(design, [y for group in groups for _, y in group], rcond=None)[0]
     assert intervals.parabola_top(groups) == pytest.approx(-b / (2 * a))
-    values = [0.1, 0.5, 0.9, 0.2]  # of a mean the jackknife's interval is Student's
-    assert intervals.jackknife(np.mean, values) == pytest.approx(intervals.interval(values))
-
-
-def rows_for(monkeypatch, tmp_path, rows: list[dict]) -> None:
-    usual = {"scope_temperature": 1.2, "target": 0.4, "steps": 350, "reward": 0.9, "distinct_correct": 9.0}
-    usual |= {"entropy": 0.3, "entropies": [0.0] * 28 + [0.3] * 7}
-    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
-    experiments.ROWS.write_text("".join(json.dumps(usual | row) + "\n" for row in rows))
 
 
 @pytest.fixture
-def two_labels(tmp_path, monkeypatch):
+def write_rows(tmp_path, monkeypatch):
+    """A function that makes these all the rows there are; what a row leaves out is as usual."""
+    monkeypatch.setattr(experiments, "ROWS", tmp_path / "rows.jsonl")
+    usual = {"scope_temperature": 1.2, "target": 0.4, "steps": 350, "reward": 0.9, "distinct_correct": 9.0}
+    usual |= {"seed": 0, "entropy": 0.3, "entropies": [0.0] * 28 + [0.3] * 7}
+    return lambda *rows: experiments.ROWS.write_text(json_lines(usual | row for row in rows))
+
+
+@pytest.fixture
+def two_labels(write_rows, monkeypatch):
     """Cells whose seeds differ a lot, and B - A hardly; of two rows of A and 0 the later counts."""
     monkeypatch.setitem(experiments.EXPERIMENTS, "two", {"A": "a", "B": "b", "none yet": "c"})
-    values = [
-        ("a", 0, 9),
-        ("a", 0, 0.1),
-        ("a", 1, 0.5),
-        ("a", 2, 0.9),
-        ("b", 0, 0.2),
-        ("b", 1, 0.61),
-        ("b", 3, 0),
-    ]
-    rows = [{"options": options, "seed": seed, "pass@1": value} for options, seed, value in values]
-    rows_for(
-        monkeypatch, tmp_path, [*rows, {"options": "a", "seed": 100, "pass@1": 5.0}]
-    )  # a seed of the tuning
+    # Pairs of a seed and a value; seed 100 is one of the tuning.
+    cells = {"a": [(0, 9), (0, 0.1), (1, 0.5), (2, 0.9), (100, 5.0)], "b": [(0, 0.2), (1, 0.61), (3, 0)]}
+    pairs = [(options, *pair) for options, cell in cells.items() for pair in cell]
+    write_rows(*({"options": options, "seed": seed, "pass@1": value} for options, seed, value in pairs))
     return report.cells_of("two")
 
 
@@ -105,58 +91,51 @@ def test_means_and_paired_differences(two_labels):
 
 def test_pages_are_filled_between_their_markers(two_labels, monkeypatch):
     monkeypatch.setitem(report.TABLES, "name", lambda: "| a |\n")
-    page = "x <!-- number two; A; pass@1 --> <!-- end --> <!-- table name -->old<!-- end --> y"
-    filled = (
-        "x <!-- number two; A; pass@1 -->0.50 ± 0.99<!-- end --> <!-- table name -->\n| a |\n<!-- end --> y"
-    )
-    assert report.filled(page) == report.filled(filled) == filled
+    page = "x <!-- number two; A; pass@1 -->{}<!-- end --> <!-- table name -->{}<!-- end --> y"
+    filled = page.format("0.50 ± 0.99", "\n| a |\n")
+    assert report.filled(page.format(" ", "old")) == report.filled(filled) == filled
     with pytest.raises(KeyError):
         report.filled("<!-- table of nothing --><!-- end -->")
 
 
-def test_the_numbers_of_strata_and_of_a_top_take_the_rows_of_their_labels(tmp_path, monkeypatch):
+def test_the_numbers_of_strata_and_of_a_top_take_the_rows_of_their_labels(write_rows, monkeypatch):
     """Warm starts lead by .1 and .5 with a spread of 0; every seed has its height, and the top is at .3."""
-    monkeypatch.setitem(experiments.EXPERIMENTS, "three", {"A": "a", "B": "b", "C": "c"})
+    monkeypatch.setitem(experiments.EXPERIMENTS, "x", {"A": "a", "B": "b", "C": "c"})
     rows = []
     for seed in range(4):
         for options, H in (("a", 0.1), ("b", 0.2), ("c", 0.5)):
             own = {"pass@1": 0.2 * seed - (H - 0.3) ** 2, "reward": (0.1, 0.5)[seed % 2] * (options == "b")}
             rows.append(own | {"options": options, "seed": seed, "entropy": H})
-    rows_for(monkeypatch, tmp_path, rows)
-    assert report.number("three", "B minus A", "reward") == "+0.30 ± 0.37"
-    page = (
-        "<!-- strata three; B minus A; reward --><!-- end --> <!-- top three; pass@1; A; B; C --><!-- end -->"
-    )
-    assert [part.partition("<")[0] for part in report.filled(page).split("-->")[1::2]] == ["+0.300", "0.300"]
+    write_rows(*rows)
+    assert report.number("x", "B minus A", "reward") == "+0.30 ± 0.37"
+    page = "<!-- strata x; B minus A; reward -->{}<!-- end --><!-- top x; pass@1; A; B; C -->{}<!-- end -->"
+    assert report.filled(page.format("", "")) == page.format("+0.300", "0.300")
 
 
-def test_the_error_over_other_windows(tmp_path, monkeypatch):
+def test_the_error_over_other_windows(write_rows):
     # By hand, for a target of 0.4: the last 30 steps are a tenth off, the 40 before them a fifth, all else exact.
     course = [0.4] * 28 + [0.48] * 4 + [0.36] * 3
     options = experiments.EXPERIMENTS["control"]["SCOPE, H0 0.4"]
-    rows_for(monkeypatch, tmp_path, [{"options": options, "seed": 0, "entropies": course}])
+    write_rows({"options": options, "entropies": course})
     shown = "| SCOPE, H0 0.4 | 0.100 | 0.140 | 0.157 | 0.110 | 0.079 | 0.065 |"
     assert report.windows().splitlines()[2:] == [shown]
     assert experiments.error(course, 0.4) == pytest.approx(1.1 / 7)
 
 
-def test_the_lead_over_a_rival_is_a_mean_over_targets_first(tmp_path, monkeypatch):
+def test_the_lead_over_a_rival_is_a_mean_over_targets_first(write_rows):
     # By hand: seeds 0 and 1 lead by .2 and .3, seed 3, at one target, by -.1.
     gains = {0.3: {0: 0.1, 1: 0.4}, 0.4: {0: 0.2, 1: 0.3, 3: -0.1}, 0.5: {0: 0.3, 1: 0.2}}
     rows = []
     for H0, cell in gains.items():
-        table = experiments.EXPERIMENTS[f"rivals-{H0}"]
+        table, course = experiments.EXPERIMENTS[f"rivals-{H0}"], [0.5 * H0] * 7 + [H0] * 28
         for seed, gain in cell.items():
-            for label, value in (("SCOPE", H0 + gain), ("dual ascent", H0)):
-                own = {"options": table[label], "seed": seed, "pass@1": value, "target": H0}
-                rows.append(own | {"entropies": [0.5 * H0] * 7 + [H0] * 28})
-    rows_for(monkeypatch, tmp_path, rows)
-    (lead,) = report.lead_over("dual ascent", ("pass@1",))
-    assert lead == pytest.approx([0.2, 0.3, -0.1])
-    assert (
-        "| dual ascent | 2 | 70, 70, 70 | 0.0%, 0.0%, 0.0% | 50%, 50%, 50% | +0.13 ± 0.52 |"
-        in report.rivals()
-    )
+            usual = {"seed": seed, "target": H0, "entropies": course}
+            rows.append(usual | {"options": table["SCOPE"], "pass@1": H0 + gain})
+            rows.append(usual | {"options": table["dual ascent"], "pass@1": H0})
+    write_rows(*rows)
+    assert report.lead_over("dual ascent", ("pass@1",)) == [pytest.approx([0.2, 0.3, -0.1])]
+    shown = "| dual ascent | 2 | 70, 70, 70 | 0.0%, 0.0%, 0.0% | 50%, 50%, 50% | +0.13 ± 0.52 |"
+    assert shown in report.rivals()
 
 
 def test_the_spread_over_seeds_and_warm_starts():
@@ -183,12 +162,11 @@ def test_the_predicted_rest_solves_the_linear_case(slope):
         assert predicted == pytest.approx((H0 + 0.1 * slope) / (1 + slope), abs=2e-4)
 
 
-def test_a_moving_target_is_measured_phase_by_phase(tmp_path, monkeypatch):
+def test_a_moving_target_is_measured_phase_by_phase(write_rows):
     course = [0.9] * 3 + [0.5] * 12 + [0.4] * 2 + [0.3] * 8 + [0.3] * 10  # it never comes back
-    own = {"options": experiments.EXPERIMENTS["moving"]["stepwise bonus"], "seed": 0, "entropies": course}
-    rows_for(monkeypatch, tmp_path, [own])
-    cells = "0.500 | 30.000 | 0.300 | 20.000 | 0.300 | 100.000"
-    assert report.moving().splitlines()[2:] == [f"| stepwise bonus | 1 | {cells} |"]
+    write_rows({"options": experiments.EXPERIMENTS["moving"]["stepwise bonus"], "entropies": course})
+    shown = "| stepwise bonus | 1 | 0.500 | 30.000 | 0.300 | 20.000 | 0.300 | 100.000 |"
+    assert report.moving().splitlines()[2:] == [shown]
 
 
 def test_the_figures_are_drawn(two_labels, tmp_path):

@@ -12,43 +12,40 @@ import pytest
 import torch
 from run_helpers import files_in, go, metrics_of, refused, rewritten, setting, step_of, without
 
+import reward
 import rollout
 import train
 
+
+@pytest.fixture
+def nothing_begins(monkeypatch, tmp_path):
+    """An empty folder to be in, without a GPU, where neither a model may be loaded nor anything downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rollout, "load_policy", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(reward, "download", lambda *_: pytest.fail("GSM8K is downloaded"))
+
+
 # --- Command lines
-COMMAND_LINES = """
---seed 9000000000001 | seed
---scope_temperature_min 2 --scope_temperature_max 1 | scope_temperature_min.*scope_temperature_max
---num_generations 5 | generation_batch_size.*multiple of num_generations
---num_mini_batches 65 --epsilon 2 | num_mini_batches.*epsilon
---model '' | model cannot be ''
---output_dir '' | output_dir cannot be ''
---instruction '' | instruction cannot be ''
---train_file x.jsonl | train_file.*--task gsm8k
---test_file x.jsonl | test_file.*--task gsm8k
---task gsm8k --train_file {home}/data.jsonl | train_file needs --model
---algorithm grpo --scope_alpha 1 | scope_alpha without effect on --algorithm grpo
---algorithm grpo --scope_gain=1 --scope_share 0 | scope_gain, scope_share without effect
---algorithm ppo | ppo
---preset huge | huge
---max_steps 4.0 | '4.0'
---bf16 maybe | --bf16
---max_steps | --max_steps.*expected one argument
---max_step 5 | unrecognized.*--max_step 5
---report_to tensorboard | unrecognized.*--report_to
-'two words' | unrecognized
---resume | --output_dir
---resume --output_dir nowhere | --output_dir.*nowhere
---model no/such/folder | no folder no/such/folder
---model /etc/hostname | no folder /etc/hostname
---task nothing.py | no file nothing.py
---model m --task gsm8k --train_file nothing.jsonl | cannot read.*nothing.jsonl
---model m --task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl | cannot read.*nothing.jsonl
---max_steps 0 --seed -1 --model '' --task '' | seed.*max_steps.*model.*task
-"""
+COMMAND_LINES = {  # and what the error names
+    "--seed 9000000000001": "seed", "--scope_temperature_min 2 --scope_temperature_max 1": "scope_temperature_min.*scope_temperature_max",
+    "--num_generations 5": "generation_batch_size.*multiple of num_generations", "--num_mini_batches 65 --epsilon 2": "num_mini_batches.*epsilon",
+    "--model ''": "model cannot be ''", "--output_dir ''": "output_dir cannot be ''", "--instruction ''": "instruction cannot be ''",
+    "--train_file x.jsonl": "train_file.*--task gsm8k", "--test_file x.jsonl": "test_file.*--task gsm8k",
+    "--task gsm8k --train_file {home}/data.jsonl": "train_file needs --model",
+    "--algorithm grpo --scope_alpha 1": "scope_alpha without effect on --algorithm grpo",
+    "--algorithm grpo --scope_gain=1 --scope_share 0": "scope_gain, scope_share without effect", "--algorithm ppo": "ppo", "--preset huge": "huge",
+    "--max_steps 4.0": "'4.0'", "--bf16 maybe": "--bf16", "--max_steps": "--max_steps.*expected one argument",
+    "--max_step 5": "unrecognized.*--max_step 5", "--report_to tensorboard": "unrecognized.*--report_to", "'two words'": "unrecognized",
+    "--resume": "--output_dir", "--resume --output_dir nowhere": "--output_dir.*nowhere", "--model no/such/folder": "no folder no/such/folder",
+    "--model /etc/hostname": "no folder /etc/hostname", "--task nothing.py": "no file nothing.py",
+    "--model m --task gsm8k --train_file nothing.jsonl": "cannot read.*nothing.jsonl",
+    "--model m --task gsm8k --train_file {home}/data.jsonl --test_file nothing.jsonl": "cannot read.*nothing.jsonl",
+    "--max_steps 0 --seed -1 --model '' --task ''": "seed.*max_steps.*model.*task",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "pattern"), [row.split(" | ") for row in COMMAND_LINES.strip().split("\n")])
+@pytest.mark.parametrize(("line", "pattern"), COMMAND_LINES.items())
 def test_bad_lines_end_in_a_line_before_anything_begins(line, pattern, home, tmp_path, nothing_begins):
     refused(line.replace("{home}", str(home)), pattern)
     assert files_in(tmp_path) == {}
@@ -105,14 +102,12 @@ def test_a_task_imports_a_module_beside_it(run_line, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["-1.0", "2.0", "float('nan')", "None", "'good'", "1 / 0"])
-def test_a_reward_that_is_none_ends_the_run_like_an_interruption(value, judge, run_line, home, finished, tmp_path):
+def test_a_reward_that_is_none_interrupts_the_run(value, odd_line, home, finished, tmp_path):
     """In the third step; the two before it are saved, and mended it goes on as if nothing had been."""
-    task = judge(f"return {value}")
-    more = f"--num_eval_problems 0 --save_steps 100 --max_steps 8 --task {task}"
-    said, how = go(f"{run_line} {more}").split("\n")
+    said, how = go(odd_line(f"return {value}")).split("\n")
     assert re.match("stopped: the reward of '.*' for '.*:.*='", said)
     assert len(metrics_of(tmp_path / "run")) == step_of(tmp_path / "run") == 2
-    shutil.copy(home / "easy.py", task)
+    shutil.copy(home / "easy.py", tmp_path / "judge.py")
     assert go(how.partition("train.py")[2]) is None
     assert metrics_of(tmp_path / "run") == metrics_of(finished / "8")
 
@@ -145,13 +140,13 @@ def folder_for(name):
 FOLDERS = [  # what is edited, what is added to the command line, and what the error names, or None: it goes on
     (nothing, "", None),
     # config.json: values
-    (values(resume=True, output_dir="/nowhere/else", learning_rate=0.001), "", None),
-    (values(max_steps=0), "", "max_steps"), (values(max_steps="6"), "", "max_steps"), (values(max_steps=6.5), "", "max_steps"),
-    (values(max_steps=None), "", "max_steps"), (values(learning_rate="high"), "", "learning_rate"), (values(learning_rate=math.nan), "", "learning_rate"),
-    (values(bf16="no"), "", "bf16"), (values(instruction=3), "", "instruction"), (values(model=None), "", "model"), (values(model=["m"]), "", "model"),
-    (values(model=""), "", "model"), (values(model="/no/such/folder"), "", "/no/such/folder"), (values(model="a\x00b/c"), "", "no folder"),
-    (values(task=7), "", "task"), (values(task="/no/task.py"), "", "/no/task.py"), (values(algorithm="ppo"), "", "algorithm"),
-    (values(algorithm=None), "", "algorithm"), (values(preset="huge"), "", "preset"), (values(num_generations=5), "", "num_generations"),
+    (values(resume=True, output_dir="/nowhere/else", learning_rate=0.001), "", None), (values(max_steps=0), "", "max_steps"),
+    (values(max_steps="6"), "", "max_steps"), (values(max_steps=6.5), "", "max_steps"), (values(max_steps=None), "", "max_steps"),
+    (values(learning_rate="high"), "", "learning_rate"), (values(learning_rate=math.nan), "", "learning_rate"), (values(bf16="no"), "", "bf16"),
+    (values(instruction=3), "", "instruction"), (values(model=None), "", "model"), (values(model=["m"]), "", "model"), (values(model=""), "", "model"),
+    (values(model="/no/such/folder"), "", "/no/such/folder"), (values(model="a\x00b/c"), "", "no folder"), (values(task=7), "", "task"),
+    (values(task="/no/task.py"), "", "/no/task.py"), (values(algorithm="ppo"), "", "algorithm"), (values(algorithm=None), "", "algorithm"),
+    (values(preset="huge"), "", "preset"), (values(num_generations=5), "", "num_generations"),
     (values(scope_temperature_min=9), "", "scope_temperature_min"), (values(seed=-1), "", "seed"), (values(seed=[]), "", "seed"),
     (values(max_completion_length=60), "", "exceed 64"), (values(scope_target_entropy=9.0), "", "scope_target_entropy"),
     (values(warmstart=3), "", "warmstart"),
@@ -171,8 +166,9 @@ FOLDERS = [  # what is edited, what is added to the command line, and what the e
     (rewritten("checkpoint.pt", lambda content: content[: len(content) // 2]), "", "checkpoint.pt"), (folder_for("checkpoint.pt"), "", "checkpoint.pt"),
     (rewritten("checkpoint.pt", b"PK" + bytes(10**4)), "", "checkpoint.pt"),
     (checkpoint([1, 2]), "", "checkpoint.pt"), (checkpoint(torch.nn.Linear(2, 2)), "", "checkpoint.pt"),  # a pickle of a class, whose code must not run
-    (checkpoint({"step": "four"}), "", "checkpoint.pt"), (checkpoint({"step": 5}), "", "metrics.jsonl is shorter"), (checkpoint({"model": {}}), "", "checkpoint.pt"),
-    (checkpoint({"problems": []}), "", "other problems"), (checkpoint({"prompts": ["a"]}), "", "checkpoint.pt"), (checkpoint({"optimizer": 3}), "", "checkpoint.pt"),
+    (checkpoint({"step": "four"}), "", "checkpoint.pt"), (checkpoint({"step": 5}), "", "metrics.jsonl is shorter"),
+    (checkpoint({"model": {}}), "", "checkpoint.pt"), (checkpoint({"problems": []}), "", "other problems"),
+    (checkpoint({"prompts": ["a"]}), "", "checkpoint.pt"), (checkpoint({"optimizer": 3}), "", "checkpoint.pt"),
     (without("checkpoint.pt"), "", None),  # from the start
     # the other files
     (rewritten("metrics.jsonl", lambda content: content[:-100]), "", "is shorter"), (without("metrics.jsonl"), "", "is shorter"),

@@ -48,6 +48,9 @@ MODELS = {  # what was done to the folder of a model, and what the error says
     "a file of llama.cpp": (only("model-Q4_K_M.gguf", b"GGUF"), "no config.json"),
     "nothing": (only("README.md"), "no config.json"),
     "a folder of the hub's cache": (only("snapshots/0123abc/config.json", b"{}"), "no config.json.*snapshots/0123abc"),
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "has an adapter"),
+    "no end token": (setting("tokenizer_config.json", eos_token=None), "has no end token"),
+    "quantized, 4 bits": (setting("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "quantized"),
     "quantized, GPTQ": (setting("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
     "no tokenizer.json": (without("tokenizer.json"), "cannot use the model|check its tokenizer"),
     "tokenizer.json cut off": (rewritten("tokenizer.json", lambda c: c[:300]), "cannot use the model"),
@@ -83,7 +86,6 @@ def test_models_that_cannot_work_end_in_a_line_and_the_retry_is_free(name, run_l
 
 
 # --- Types of models
-
 # fmt: off
 SIZES = {"hidden_size": 32, "d_model": 32, "embedding_size": 32, "word_embed_proj_dim": 32, "intermediate_size": 64, "ffn_dim": 64, "decoder_ffn_dim": 64, "d_inner": 64, "moe_intermediate_size": 32, "intermediate_size_mlp": 64, "num_hidden_layers": 2, "decoder_layers": 2, "encoder_layers": 2, "num_attention_heads": 2, "decoder_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "d_head": 16, "rotary_dim": 8, "max_position_embeddings": 128, "num_experts": 4, "num_local_experts": 4, "sliding_window": 8, "attention_chunk_size": 8, "initializer_range": 0.3, "init_std": 0.3, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
 TYPES = {  # settings of those that need some
@@ -96,11 +98,9 @@ REFUSED = "bart bert blenderbot cohere gemma2 gptj llama4_text mbart openai-gpt 
 
 
 def folder_of(kind, tokenizer, folder):
-    make = CONFIG_MAPPING[kind]
-    default = make()
+    default = CONFIG_MAPPING[kind]()
     sizes = {name: size for name, size in SIZES.items() if hasattr(default, name)} | TYPES.get(kind, {})
-    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    model = transformers.AutoModelForCausalLM.from_config(make(vocab_size=len(tokenizer), **ids | sizes))
+    model = make_model(kind, tokenizer, **sizes)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.std() < 0.02:  # as if it had learned: also biases, and what has a scale of its own

@@ -155,7 +155,8 @@ def grade(task: Task, problems: list[Problem], samples: rollout.Rollout) -> Tens
     answered = zip(problems, samples.texts, strict=True)
     rewards = [reward.reward_of(task, problem, text) for problem, text in answered]
     ended = ~samples.truncated
-    return torch.tensor(rewards, device=ended.device) * ended
+    earned = torch.tensor(rewards, device=ended.device)
+    return earned * ended
 
 
 def gradient_step(run: "Run") -> float:

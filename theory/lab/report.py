@@ -341,6 +341,19 @@ def some(experiment: str, labels: list[str]) -> Cells:
     return {label: cells[label] for label in labels if label in cells}
 
 
+def results() -> str:
+    """README's table: before training, GRPO, and SCOPE at three targets."""
+    cells = some("control", RESULTS)
+    runs = cells["SCOPE, H0 0.4"].values()
+    before = ["before training", len(runs)]
+    for name in RESULT_COLUMNS:
+        values = [row[f"{name} before"] for row in runs if f"{name} before" in row]
+        before.append(show(values) if values else "")
+    lines = means("preset tiny", cells, RESULT_COLUMNS).splitlines()
+    lines.insert(2, f"| {' | '.join(map(str, before))} |")
+    return "\n".join(lines) + "\n"
+
+
 RESULTS = ["GRPO", "GRPO, 640 samples", *SCOPE]
 OTHERS = ["entropy bonus 0.1", "constant T = 1.3", "SCOPE, published rule, H0 0.4"]
 CONTROL = [*RESULTS[:2], *OTHERS, *SCOPE, "SCOPE, positional, H0 0.4"]
@@ -348,7 +361,7 @@ RESULT_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
 TUNED = ("entropy", "error", "lowest", "settling", "reward")
 TESTS = ("cooling", "weak", "dr_grpo", "split", "transfer", "target", "beyond")
 TABLES: dict[str, Callable[[], str]] = {
-    "results": lambda: means("preset tiny", some("control", RESULTS), RESULT_COLUMNS),
+    "results": results,
     "control": lambda: means("control", some("control", CONTROL), TESTED),
     "differences": lambda: differences(some("control", CONTROL), DIFFERENCES),
     "spread": lambda: spread(some("control", CONTROL)),

@@ -148,7 +148,7 @@ def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(line, spy):
         metrics, _ = train.train_step(one)
         assert metrics["scope_temperature"] == twin.temperature
         assert calls[step][0][3][32:].tolist() == pytest.approx([twin.temperature] * 8)
-        assert tables[step][0][2] == pytest.approx(0.3 * boost)
+        assert tables[step][0][2] == metrics["scope_alpha"] == pytest.approx(0.3 * boost)
         twin(metrics["entropy"])  # only now, when the step is done
 
 
@@ -349,8 +349,8 @@ def test_a_run_writes_what_it_promises_and_is_reproducible(line, model_folder, t
     finished, folder = run(line), tmp_path / "run"
     rows = rows_of(folder)
     wanted = (
-        "step entropy scope_temperature loss grad_norm clip_fraction reward frac_reward_zero_std scope_positive_frac "
-        "completion_length truncated_frac rollout_seconds step_seconds"
+        "step entropy scope_temperature scope_alpha loss clip_fraction grad_norm reward frac_reward_zero_std "
+        "scope_positive_frac completion_length truncated_frac rollout_seconds step_seconds"
     )
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(list(row) == wanted.split() for row in rows)

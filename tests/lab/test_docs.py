@@ -46,7 +46,7 @@ def test_the_pieces_print_what_their_comments_say(capsys):
 
 def test_the_first_commands_of_the_readme(tmp_path):
     pytest.importorskip("matplotlib")
-    run("train.py --output_dir", README, tmp_path, *FEW, "--preset=tiny")
+    run("train.py --preset tiny", README, tmp_path, *FEW)
     run("theory/tools/plot.py", README, tmp_path)
     assert len(list(tmp_path.glob("outputs/*.png"))) == 1
 

@@ -57,8 +57,8 @@ class Variant(scope_rl.TemperatureRule):
         return super().__call__(entropy)
 
     def state_dict(self) -> dict:
-        """All of its attributes that are numbers, for a checkpoint."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        """All of its attributes that are numbers or None, for a checkpoint."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, int | float | None)}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back what `state_dict` returned."""

@@ -94,15 +94,18 @@ def measures(row: dict) -> dict[str, float]:
     return values | {"first": row["entropy"][0]} | row["evaluations"]["after"]
 
 
-def comparison() -> str:
+def comparison(positional: bool = True) -> str:
     """Means over the seeds, and what entropy and distinct right answers are beyond GRPO's of the group.
 
-    That difference is unpaired, since runs of one seed have nothing in common here that lasts.
+    With the rows of the positional law, or without. That difference is unpaired, since runs of one
+    seed have nothing in common here that lasts.
     """
     values = {label: [measures(row) for row in rows] for label, rows in cells().items()}
     names = ("entropy", "error", "lowest", "scope_temperature", "reward", "pass@1", "distinct_correct")
     lines = []
     for label, runs in values.items():
+        if "positional" in label and not positional:
+            continue
         base = values[f"{label.split(':')[0]}: GRPO"]
         line = [label, len(runs), *(show([run[name] for run in runs]) for name in names)]
         if "GRPO" in label:

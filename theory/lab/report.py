@@ -306,6 +306,8 @@ def neighbours() -> str:
     columns = "entropy", "reward", "pass@1", "pass@4", "pass@16", "pass@64", "distinct_correct"
     rows = []
     for name, labels in pairs.items():
+        if not cells.keys() >= set(labels):
+            continue
         row = [name, len(seeds)]
         for column in columns:
             means = [np.mean([cells[label][seed][column] for seed in seeds]) for label in labels]
@@ -382,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning": lambda: means("tuning", cells_of("tuning"), TUNED),
     **{name: functools.partial(tested, name) for name in TESTS},
     "pretrained": pretrained.comparison,
+    "pretrained, present rule": functools.partial(pretrained.comparison, positional=False),
     "pretrained answers": pretrained.answers,
     "sums": pretrained.sums_table,
     "signs": probes.sign_table,

@@ -1,5 +1,6 @@
 """rollout.py: what is sampled is what is scored, token by token, whatever a model's own defaults say."""
 
+import contextlib
 import copy
 import math
 
@@ -8,6 +9,7 @@ import tokenizers
 import torch
 import transformers
 from architectures import PLAIN, SHARED, make_model
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 
 import rollout
@@ -163,35 +165,47 @@ def test_generation_config_is_restored_and_pad_may_be_missing(random_model, toke
 
 
 # --- Scoring
+class InFloat64(TorchFunctionMode):
+    """What a model raises to float32 on its way, as norms do, stays in float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = torch.Tensor.double if function is torch.Tensor.float else function
+        kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in (kwargs or {}).items()}
+        return function(*[torch.float64 if x is torch.float32 else x for x in args], **kwargs)
+
+
 def gradient_of_a_step(model, samples, size):
     """Log p and H `[2, B, C]`, and the gradient of a step's loss, from micro-batches of a size."""
     generator = torch.Generator().manual_seed(0)
-    rewards = torch.randint(2, (12,), generator=generator).float()
+    rewards = torch.randint(2, (12,), generator=generator).double()
     table = objective_table(rewards[:8].view(2, 4), rewards[8:], scope_alpha=0.5, entropy_coef=0.1)
     old = samples.logprobs + 0.2 * torch.randn(samples.logprobs.shape, generator=generator)
-    scored = torch.zeros(2, *old.shape)
+    scored = torch.zeros(2, *old.shape, dtype=torch.float64)
     model.zero_grad()
     for rows in rollout.micro_batches(model, samples, torch.arange(12), size):
         logprobs, entropies = rollout.score(model, samples, rows)
-        scored[:, rows] = torch.stack([logprobs, entropies]).detach()
+        scored[:, rows] = torch.stack([logprobs, entropies]).detach().double()
         mask = samples.completion_mask[rows]
         scope_loss(logprobs, old[rows], entropies, mask, table.rows(rows))[0].backward()
-    return scored, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return scored, torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("architecture", SHARED, indirect=True)
-def test_a_step_with_shared_prompts_equals_the_plain_step(architecture, tokenizer, monkeypatch):
+def test_a_step_with_shared_prompts_equals_the_plain_step(architecture, dtype, tokenizer, monkeypatch):
     """Log p, H and the gradient, whatever the prompts' lengths and the micro-batches."""
-    samples, model = samples_of(architecture, tokenizer), architecture.train()
+    samples, model = samples_of(architecture, tokenizer), architecture.to(dtype).train()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert rollout.can_share_prompts(model)
-    with monkeypatch.context() as patch:
-        patch.setattr(rollout, "can_share_prompts", lambda model: False)
-        wanted, wanted_gradient = gradient_of_a_step(model, samples, 12)
-    largest = wanted_gradient.abs().max().item()
-    for size in range(1, 13) if model.config.model_type == "qwen3" else (2, 5, 12):
-        got, gradient = gradient_of_a_step(model, samples, size)
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
-        torch.testing.assert_close(gradient, wanted_gradient, atol=1e-5 * max(1, largest), rtol=0)
+    with InFloat64() if dtype == torch.float64 else contextlib.nullcontext():
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "can_share_prompts", lambda model: False)
+            wanted, wanted_gradient = gradient_of_a_step(model, samples, 12)
+        largest = wanted_gradient.abs().max().item()
+        for size in range(1, 13) if model.config.model_type == "qwen3" else (2, 5, 12):
+            got, gradient = gradient_of_a_step(model, samples, size)
+            torch.testing.assert_close(got, wanted, atol=tolerance, rtol=0)
+            torch.testing.assert_close(gradient, wanted_gradient, atol=tolerance * max(1, largest), rtol=0)
     assert largest > 0.1
 
 

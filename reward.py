@@ -207,7 +207,7 @@ def reward_of(task: Task, problem: Problem, completion: str) -> float:
     with one_line_error(f"the reward of {completion!r:.80} for {problem.question!r:.80}", RewardError):
         reward = task.reward(problem, completion)
         if not hasattr(reward, "__float__") or not 0 <= float(reward) <= 1:
-            raise ValueError(f"{reward!r:.80} is not a number from 0 to 1")
+            raise ValueError(f"{reward!r:.80} is not a number from 0 to 1: mend the task's function")
         return float(reward)
 
 

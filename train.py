@@ -189,12 +189,15 @@ def evaluate(run: "Run", name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(len(asked), length, dtype=torch.float64, generator=generator)
     texts, rewards = [], []
-    for start in tqdm(range(0, len(asked), size), "evaluate", leave=False):
+    starts = range(0, len(asked), size)
+    for start in tqdm(starts, "evaluate", leave=False):
         rows = slice(start, start + size)
         batch = asked[rows]
         prompts = [run.prompts[problem.question] for problem in batch]
         ones = torch.ones(len(batch))
         samples = rollout.generate(model, run.tokenizer, prompts, ones, length, uniforms[rows])
+        if run.stopped_by:
+            raise KeyboardInterrupt(f"by {run.stopped_by}, in an evaluation")
         texts += samples.texts
         rewards += grade(run.task, batch, samples).tolist()
 
@@ -212,7 +215,8 @@ def evaluate(run: "Run", name: str) -> None:
     means["distinct_correct"] = mean(distinct)
     shown = [f"{key} {value:.3g}" for key, value in means.items()]
     tqdm.write(f"{name}: {', '.join(shown)}")
-    run.evaluations[name] = means | {"num_right": num_right}
+    means["num_right"] = num_right
+    run.evaluations[name] = means
     write_whole(run.output / "eval.json", run.evaluations)
 
 
@@ -240,10 +244,10 @@ def train(run: "Run") -> None:
             if is_last or run.step % config.save_steps == 0:
                 os.fsync(metrics_file.fileno())
                 save_checkpoint(run)
-            if run.stopped_by:
-                raise KeyboardInterrupt(f"by {run.stopped_by}, with all steps saved")
             bar.set_postfix_str(POSTFIX.format(**metrics), refresh=False)
             bar.update()
+            if run.stopped_by:
+                raise KeyboardInterrupt(f"by {run.stopped_by}; step {run.step} is saved")
             if (run.step - 1) % config.save_steps == 0:
                 tqdm.write(f"step {run.step}")
                 for line in shown:
@@ -368,7 +372,7 @@ class Config:
                 self.scope_temperature_min > self.scope_temperature_max
             ),
             "train_file and test_file need --task gsm8k": has_file and self.task != "gsm8k",
-            "train_file needs --model, as the model of tiny reads no words": (
+            "train_file needs --model or --preset laptop: that of tiny reads no words": (
                 has_file and self.model == START
             ),
         }
@@ -420,7 +424,7 @@ def set_up(config: Config) -> Run:
         raise ValueError(f"{output} holds {held}: add --resume, or take another folder")
     is_name = re.fullmatch(r"[\w-]+(/[\w.-]+)?", config.model)
     if not is_name and not Path(config.model).is_dir():
-        raise ValueError(f"there is no folder {config.model}, and no model has such a name")
+        raise ValueError(f"there is no folder {config.model}: if it was moved, give --model")
     task = load_task(config)
     with one_line_error(f"cannot use the model {config.model}"):
         model, tokenizer = rollout.load_policy(config.model, config.bf16)
@@ -591,7 +595,8 @@ def parse_config(argv: list[str]) -> Config:
         for name, option in OPTIONS.items():
             values[name] = option.metadata["presets"][preset]
         algorithm = given.get("algorithm", "scope")
-        folder = time.strftime(f"outputs/{preset}-{algorithm}-%Y%m%d-%H%M%S")
+        started = time.strftime("%Y%m%d-%H%M%S")
+        folder = f"outputs/{preset}-{algorithm}-{started}-{os.getpid()}"
         values |= {"preset": preset, "output_dir": folder}
     values |= given
     ignored = [name for name in given if name.startswith("scope_")]
@@ -629,7 +634,9 @@ def parse_options(argv: list[str]) -> dict:
             values = values[:1]
         shown = ", ".join(values)
         shown = shown.replace(f"{THEORY.parent}/", "")
-        text = f"{more['help']} [{shown}]"
+        text = more["help"]
+        if option.default not in (None, "") and name != "preset":
+            text += f" [{shown}]"
         group.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **settings)
     return vars(parser.parse_args(argv))
 
@@ -675,13 +682,14 @@ def main(argv: list[str] = ()) -> None:
 
 
 def stop_at_signals(run: Run) -> None:
-    """Let Ctrl-C and SIGTERM end the run with the step it is in, and a second Ctrl-C at once."""
+    """Let Ctrl-C and SIGTERM end the run after the step it is in, and a second Ctrl-C at once."""
 
     def stop(number: int, frame) -> None:
         if run.stopped_by and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.stopped_by = signal.Signals(number).name
-        os.write(2, f"\n{run.stopped_by}: ends with this step; Ctrl-C ends it now\n".encode())
+        said = f"\n{run.stopped_by}: ends after this step or batch; Ctrl-C ends it now\n"
+        os.write(2, said.encode())
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

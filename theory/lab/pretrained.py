@@ -143,10 +143,10 @@ def sums_table() -> str:
 
 
 def draw(path: Path) -> None:
-    """A panel a label with more than one run: the entropy, a line a seed, its target, and the reward."""
+    """A panel a label, except single runs of the first law: entropy, a line a seed, target, reward."""
     import matplotlib.pyplot as plt  # the extra `plot`
 
-    shown = {label: rows for label, rows in cells().items() if len(rows) > 1}
+    shown = {label: rows for label, rows in cells().items() if len(rows) > 1 or "positional" not in label}
     size = {"figsize": (17, 3.2 * -(-len(shown) // 5)), "sharey": True, "squeeze": False}
     figure, axes = plt.subplots(-(-len(shown) // 5), 5, **size, layout="constrained")
     for axis in axes.flat[len(shown) :]:

@@ -505,7 +505,7 @@ def draw_rivals(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    labels = experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"]
+    labels = [label for label in experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"] if label in cells[0.3]]
     options = {"sharex": True, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(math.ceil(len(labels) / 5), 5, figsize=(17, 9), **options)
     for axis in axes.flat[len(labels) :]:

@@ -505,9 +505,10 @@ def draw_rivals(path: Path) -> None:
     import matplotlib.pyplot as plt  # the extra `plot`
 
     cells = {H0: cells_of(f"rivals-{H0}") for H0 in TARGETS}
-    labels = [label for label in experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"] if label in cells[0.3]]
+    known = set().union(*cells.values())
+    labels = [label for label in experiments.EXPERIMENTS[f"rivals-{TARGETS[0]}"] if label in known]
     options = {"sharex": True, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(math.ceil(len(labels) / 5), 5, figsize=(17, 9), **options)
+    figure, axes = plt.subplots(math.ceil(len(labels) / 5) or 1, 5, figsize=(17, 9), **options)
     for axis in axes.flat[len(labels) :]:
         axis.axis("off")
     for axis, label in zip(axes.flat, labels, strict=False):

@@ -263,11 +263,13 @@ def states_of_whole_rows(model: PreTrainedModel, samples: Rollout, rows: Tensor)
 
     All padding is on the right, and there a causal model does not look.
     """
+    owner = samples.owner.tolist()
+    prompt_lengths = samples.prompt_mask.sum(1).tolist()  # [P]
+    completion_lengths = samples.completion_mask.sum(1).tolist()  # [B]
     ids, is_completion = [], []
     for i in rows.tolist():
-        number = samples.owner[i]
-        prompt = samples.prompts[number][samples.prompt_mask[number] == 1]
-        completion = samples.completions[i][samples.completion_mask[i]]
+        prompt = samples.prompts[owner[i], -prompt_lengths[owner[i]] :]
+        completion = samples.completions[i, : completion_lengths[i]]
         ids.append(torch.cat([prompt, completion]))
         is_completion.append(torch.arange(len(ids[-1])) >= len(prompt))
     ids = pad_sequence(ids, batch_first=True)  # [n, longest]

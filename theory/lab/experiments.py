@@ -350,9 +350,9 @@ def summary(folder: Path) -> dict:
 
 
 # --- Measures of control. They take means of parts of a run, such as ten steps, and not single steps.
-def error(entropies: list[float], H0: float) -> float:
-    """The mean distance from the target over the last fifth of the parts, as a share of H0."""
-    last = np.array(entropies[-(len(entropies) // 5) :])
+def error(entropies: list[float], H0: float, parts: int | None = None) -> float:
+    """The mean distance from the target over the last parts, by default a fifth, as a share of H0."""
+    last = np.array(entropies[-(parts or len(entropies) // 5) :])
     return float(np.abs(last - H0).mean() / H0)
 
 

@@ -74,6 +74,12 @@ def cells_of(experiment: str) -> Cells:
     return {label: cell for label, cell in cells.items() if cell}
 
 
+def present(experiment: str) -> Cells:
+    """As `cells_of`, without the law that this project had first."""
+    cells = cells_of(experiment)
+    return {label: cell for label, cell in cells.items() if label not in experiments.FIRST}
+
+
 def number(experiment: str, label: str, column: str) -> str:
     """The mean of a column for a label, or of the differences for "LABEL minus LABEL"."""
     cells = cells_of(experiment)
@@ -152,11 +158,8 @@ def seed_by_seed(cells: Cells) -> str:
 
 
 def tested(name: str) -> str:
-    """Each rule in one of the other tests; in `weak` only rules of the present program."""
-    cells = cells_of(name)
-    if name == "weak":
-        cells = {label: cell for label, cell in cells.items() if label not in experiments.FIRST}
-    return means(name, cells, TESTED)
+    """Each rule in one of the other tests."""
+    return means(name, present(name), TESTED)
 
 
 # --- Control
@@ -239,8 +242,8 @@ def windows() -> str:
     for label, cell in some("control", [*SCOPE, "SCOPE, positional, H0 0.5"]).items():
         shown = [label]
         for length in lengths:
-            relative = [np.divide(row["entropies"][-length:], row["target"]) for row in cell.values()]
-            shown.append(show([float(np.abs(course - 1).mean()) for course in relative]))
+            runs = cell.values()
+            shown.append(show([experiments.error(run["entropies"], run["target"], length) for run in runs]))
         rows.append(shown)
     return markdown(["error over the last", *(f"{10 * length} steps" for length in lengths)], rows)
 
@@ -288,9 +291,7 @@ def moving() -> str:
     """The moving target, phase by phase: H over its last 50 steps, and how soon it stays near H0."""
     phases = (0, 15, 0.5), (15, 25, 0.3), (25, 35, 0.5)  # in tens of steps
     rows = []
-    for label, cell in cells_of("moving").items():
-        if label in experiments.FIRST:
-            continue
+    for label, cell in present("moving").items():
         values = []
         for first, last, H0 in phases:
             courses = [row["entropies"][first:last] for row in cell.values()]
@@ -372,14 +373,9 @@ RESULTS = ["GRPO", "GRPO, 640 samples", *SCOPE]
 OTHERS = ["entropy bonus 0.1", "constant T = 1.3", "SCOPE, published rule, H0 0.4"]
 CONTROL = [*RESULTS[:2], *OTHERS, *SCOPE]
 RESULT_COLUMNS = ("entropy", "reward", "pass@1", "pass@64", "distinct_correct")
-TUNED = ("entropy", "error", "lowest", "settling", "reward")
-TESTS = ("cooling", "weak", "dr_grpo", "split", "transfer", "target", "beyond")
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "control": lambda: means("control", some("control", CONTROL), TESTED),
-    "differences": lambda: differences(some("control", CONTROL), DIFFERENCES),
-    "spread": lambda: spread(some("control", CONTROL)),
-    "offsets": lambda: offsets(cells_of("control")),
     "answers": answers,
     "rivals": rivals,
     "gains": gain_grid,
@@ -387,8 +383,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "moving": moving,
     "neighbours": neighbours,
     "windows": windows,
-    "tuning": lambda: means("tuning", cells_of("tuning"), TUNED),
-    **{name: functools.partial(tested, name) for name in TESTS},
+    "weak": functools.partial(tested, "weak"),
     "pretrained": pretrained.comparison,
     "pretrained, present rule": functools.partial(pretrained.comparison, positional=False),
     "pretrained answers": pretrained.answers,

@@ -1,15 +1,12 @@
 """Small random models and their tokenizer, and runs on one of them, for tests that need no training."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from architectures import make_model
-from run_helpers import EASY, JUDGE, SMALL, go
-
-START = Path(__file__).parents[1] / "theory" / "tiny" / "start-0"
+from run_helpers import EASY, JUDGE, SMALL, START, go
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -11,16 +11,11 @@ import torch
 import train
 
 ROOT = Path(__file__).parents[1]
+START = ROOT / "theory" / "tiny" / "start-0"  # a warm-started model
 SMALL = (
     "--preset tiny --generation_batch_size 32 --num_generations 4 --max_steps 4 --save_steps 2 "
     "--learning_rate 1e-3 --num_eval_problems 3 --num_eval_generations 4"
 )
-EASY = """
-import countdown
-
-def task(config):
-    return countdown.task(config)._replace(reward=lambda problem, completion: float(len(completion) % 2))
-"""
 JUDGE = """
 import pathlib, time
 import countdown
@@ -31,25 +26,26 @@ def reward(problem, completion):
     calls += 1
     if calls == 90:  # in the third step, of 40 completions each
         {}
-    return float(len(completion) % 2)
+    return float(sum(map(ord, completion)) % 2)  # about half of all completions are right
 
 def task(config):
     return countdown.task(config)._replace(reward=reward)
 """
+EASY = JUDGE.format("pass")
 
 
-def go(line):
-    """`python train.py LINE` in this process. Returns what it says when it ends early, else None."""
+def go(line, main=train.main):
+    """`python train.py LINE` (or a script with this `main`) in this process. Returns its error, or None."""
     try:
-        train.main(shlex.split(line))
+        main(shlex.split(line))
     except SystemExit as stop:
         return stop.code
     return None
 
 
-def refused(line, pattern):
+def refused(line, pattern, main=train.main):
     """It ends in one line that matches the pattern and is not cut off."""
-    said = str(go(line))
+    said = str(go(line, main))
     assert re.match("error: ", said)
     assert re.search(pattern, said), said
     assert not re.search(r"\n|:$", said)

@@ -9,18 +9,20 @@ import subprocess
 import sys
 from decimal import Context, Decimal, localcontext
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from run_helpers import ROOT
 from torch.testing import assert_close
 
 import closed_forms as cf
+import train
+import variants
 import verify
 from entropy import entropy_temperature_derivative, token_entropy
 from scope_rl import TemperatureRule
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "theory" / "README.md").read_text()
 CLOSE = {"atol": 1e-10, "rtol": 1e-9}
 NEAR = {"atol": 1e-8, "rtol": 1e-6}
@@ -312,18 +314,6 @@ def simulate(rule, a, delay=1, balance=lambda H: 1 + 0.87 * (H - 0.13)):
     return curve
 
 
-class Positional(TemperatureRule):
-    """The same gains in positional form; the integral is frozen while T is clipped."""
-
-    integral = 0.0
-
-    def __call__(self, H):
-        wanted = 1 + self.gain * (self.target - H) + self.integral
-        if self.minimum <= wanted <= self.maximum:
-            self.integral += self.integral_gain * (self.target - H)
-        return min(max(wanted, self.minimum), self.maximum)
-
-
 def test_the_rules_rest_where_predicted():
     """The proportional rule (T* - 1) / gain below its target, unless T* is clipped; the velocity form at it."""
     for gain, rest in itertools.product((1.0, 2.0, 8.0), (0.9, 1.1, 1.19)):
@@ -337,9 +327,12 @@ def test_the_rules_rest_where_predicted():
 @pytest.mark.parametrize(("gain", "integral_gain"), [(2, 0.05), (4, 0.2), (8, 0.4)])
 def test_the_velocity_form_falls_less_far_below_the_target(gain, integral_gain):
     for a, delay, target in itertools.product((0.008, 0.016, 0.032), (1, 2.5), (0.3, 0.4, 0.5)):
+        gains = {"scope_gain": gain, "scope_integral_gain": integral_gain}
+        limits = {"scope_temperature_min": 0.5, "scope_temperature_max": 1.5}
+        config = train.Config(output_dir="x", scope_target_entropy=target, **gains, **limits)
         found = []
-        for form in (Positional, TemperatureRule):
-            curve = simulate(form(target, gain, integral_gain, 0.5, 1.5), a, delay)
+        for rule in (variants.PositionalEverywhere(SimpleNamespace(config=config)), train.rule_of(config)):
+            curve = simulate(rule, a, delay)
             assert curve[-1] == pytest.approx(target, abs=1e-6)  # no offset
             outside = [step for step, H in enumerate(curve, 1) if abs(H - target) > target / 10]
             found += [outside[-1] + 1, round(min(curve), 3)]
@@ -350,11 +343,11 @@ def test_the_velocity_form_falls_less_far_below_the_target(gain, integral_gain):
 
 
 def test_nothing_winds_up():
-    """However long T was clipped, it moves as soon as a change points inwards."""
-    for steps in (5, 1000):
+    """However long T was at one of its clips, it moves as soon as a change points inwards."""
+    for steps, (far, near, clip) in itertools.product((5, 5000), ((0.1, 0.15, 1.5), (0.7, 0.65, 0.5))):
         rule = TemperatureRule(0.4, 8.0, 0.4, 0.5, 1.5)
-        assert [rule(0.1) for _ in range(steps)][-1] == 1.5
-        assert rule(0.15) == pytest.approx(1.5 - 8 * 0.05 + 0.4 * 0.25)
+        assert [rule(far) for _ in range(steps)][-1] == clip
+        assert rule(near) == pytest.approx(clip + 8 * (far - near) + 0.4 * (0.4 - near))
     # Falling by .01 a step it heats fewer than gain / integral_gain = 20 steps above the target, not before.
     rule = TemperatureRule(0.4, 8.0, 0.4, 0.0, 9.0)
     T = [rule(0.4 + 0.01 * distance) for distance in (22, 21, 19, 18)]

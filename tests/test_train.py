@@ -152,21 +152,6 @@ def test_the_entropy_of_a_step_sets_the_temperature_of_the_next(line, spy):
         twin(metrics["entropy"])  # only now, when the step is done
 
 
-SHARES = {"": 8, "--scope_share 0.001": 1, "--scope_share 0": 0, "--algorithm grpo": 0}
-
-
-@pytest.mark.parametrize(("more", "M"), SHARES.items())
-def test_auxiliary_samples_of_each_algorithm(line, spy, more, M):
-    """A quarter of 32, never fewer than one, and none in GRPO, whose temperature never moves."""
-    one = set_up(f"{line} {more}")
-    calls = spy(one, "generate")
-    for _ in range(2):
-        _, shown = train.train_step(one)
-        assert len(calls[-1][0][2]) == 32 + M
-        assert len(shown) == 2
-    assert (one.rule.temperature == 1.0) == (M == 0)
-
-
 def plain_gradient_descent(monkeypatch):
     """AdamW's first step keeps only the sign of a gradient, and so magnifies rounding where it is near 0."""
     sgd = torch.optim.SGD
@@ -238,16 +223,6 @@ def test_nothing_to_learn_from_changes_nothing(line, model_folder):
     assert all(torch.equal(value, start[name]) for name, value in one.model.state_dict().items())
     assert (metrics["loss"], metrics["grad_norm"], metrics["scope_positive_frac"]) == (0.0, 0.0, 0.0)
     assert metrics["entropy"] > 0  # measured all the same
-
-
-def test_an_entropy_bonus_raises_the_entropy(line, monkeypatch):
-    """One step on the bonus alone."""
-    plain_gradient_descent(monkeypatch)
-    monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e9)
-    more = "--algorithm grpo --learning_rate 5 --num_mini_batches 1 --entropy_coef 1"
-    one, first = after_one_step(f"{line} {more}", reward=0.0)
-    one.step = one.problems_seen = 0  # the same prompts and random numbers
-    assert train.train_step(one)[0]["entropy"] > first["entropy"] + 0.01
 
 
 def test_the_learning_rate_rises_in_ten_steps_and_stays(line):
@@ -333,6 +308,11 @@ def test_presets_defaults_and_precedence(monkeypatch):
     assert (config.scope_temperature_min, config.scope_temperature_max, config.scope_gain) == (0.8, 1.2, 1.0)
     assert (config.scope_integral_gain, config.scope_max_boost, config.num_auxiliary) == (0.0, 1.0, 2)
     assert train.parse_config(["--preset", "tiny", "--learning_rate", "1"]).learning_rate == 1
+    # A quarter of 32 auxiliary samples, never fewer than one, and none in GRPO.
+    shares = {"": 8, "--scope_share 0.001": 1, "--scope_share 0": 0, "--algorithm grpo": 0}
+    for more, M in shares.items():
+        line = f"--preset tiny --generation_batch_size 32 {more}"
+        assert train.parse_config(line.split()).num_auxiliary == M
 
 
 def test_help_lists_every_option(capsys):

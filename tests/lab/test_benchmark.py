@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from lab_helpers import stops_with_one_line
+from run_helpers import refused
 
 import benchmark
 import train
@@ -66,4 +66,4 @@ def test_what_cannot_work_ends_in_one_line(monkeypatch, arguments, message):
         monkeypatch.setitem(sys.modules, "datasets", None)
     else:
         pytest.importorskip("trl")
-    stops_with_one_line(benchmark.main, arguments.split(), message)
+    refused(arguments, message, benchmark.main)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab_helpers import json_lines, stops_with_one_line
+from lab_helpers import json_lines
+from run_helpers import refused
 
 import plot
 
@@ -83,5 +84,5 @@ def test_what_is_no_run_or_cannot_be_drawn_ends_in_one_line(tmp_path, file, cont
     run = write_run(tmp_path / "run", "scope", [0.1], {} if content == "" else EVALUATED)
     if content is not None:
         (run / file).write_text(content)
-    given = [str(tmp_path / file)] if file == "missing" else [str(run), "--output", str(tmp_path / file)]
-    stops_with_one_line(plot.main, given, message.replace("no run", "is not a run of train.py"))
+    line = f"{tmp_path}/missing" if file == "missing" else f"{run} --output {tmp_path / file}"
+    refused(line, message.replace("no run", "is not a run of train.py"), plot.main)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lab_helpers import TASK, json_lines
+from lab_helpers import json_lines
 from test_neighbours import logits_of
 
 import probes
@@ -15,13 +15,12 @@ from entropy import token_entropy
 
 
 @pytest.fixture
-def small_run(model_folder, tmp_path, monkeypatch):
+def small_run(home, monkeypatch):
     """A function that sets up a run of one gradient step a step, at a learning rate."""
     monkeypatch.setattr(probes, "SAMPLES", 96)
     monkeypatch.setattr(train, "WARMUP_STEPS", 1)
-    (tmp_path / "task.py").write_text(TASK)
     options = "--preset tiny --generation_batch_size 32 --num_generations 4 --num_mini_batches 1 "
-    options += f"--model {model_folder} --task {tmp_path / 'task.py'} --num_eval_problems 30"
+    options += f"--model {home}/policy --task {home}/easy.py --num_eval_problems 30"
 
     def make(learning_rate: float = 1e-3, *more: str) -> train.Run:
         torch.manual_seed(0)

@@ -92,6 +92,8 @@ class Ours:
         problems = self.run.task.train[: config.generation_batch_size // config.num_generations]
         self.run.task = self.run.task._replace(train=problems)
         self.run.objective_table = self.half_are_right
+        self.run.generate = self.generate
+        self.sampling_peak = 0.0  # GB
         self.steps: list[dict[str, float]] = []  # metrics of each step
 
     def half_are_right(self, rewards, auxiliary_rewards, *constants) -> scope_rl.Objective:
@@ -101,11 +103,27 @@ class Ours:
         self.taught = int(table.has_gradient().sum())
         return table
 
+    def generate(self, *given) -> rollout.Rollout:
+        samples = rollout.generate(*given)
+        self.sampling_peak = peak_memory()
+        return samples
+
     def step(self) -> None:
+        peak_memory()  # from here on
         started = time.perf_counter()
         metrics, _ = train.train_step(self.run)
         metrics |= {"step_seconds": time.perf_counter() - started, "taught": self.taught}
+        metrics |= {"peak while sampling": self.sampling_peak, "peak while updating": peak_memory()}
         self.steps.append(metrics)
+
+
+def peak_memory() -> float:
+    """The most GB allocated on the GPU since the last call. On a CPU: by the process, in its whole life."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def with_peer(ours: Ours, repeats: int) -> list[dict[str, float]]:
@@ -175,10 +193,8 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
             taught, length = column(steps, "taught"), column(steps, "completion_length")
             print(f"{name}: {taught.min()} of {rows + config.num_auxiliary} completions taught", end="")
             print(f" in each step, their mean length is {length.mean():.1f} tokens")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    print(f"peak memory of the process: {memory / 1e9:.2f} GB")
+    for name in ("peak while sampling", "peak while updating"):
+        print(f"{name}: {column(ours.steps, name).max():.2f} GB")
 
 
 def main(argv: list[str]) -> None:

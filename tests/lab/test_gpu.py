@@ -24,7 +24,9 @@ def test_a_part_at_small_sizes(part, model_folder, tmp_path):
     with pytest.raises(SystemExit) as end:
         gpu.main([part, str(tmp_path), "--toy", "--qwen", str(shape), "--smollm", str(model_folder)])
     assert end.value.code == 0
-    assert len(read(tmp_path, part)["figures"]) >= 5
+    content = read(tmp_path, part)
+    assert content["finished"] and content["random weights"] == [str(shape)] and len(content["figures"]) >= 5
+    assert not list(shape.glob("*.safetensors"))
     if part == "works":
         assert len((tmp_path / "tiny.jsonl").read_text().splitlines()) == 5
 
@@ -34,13 +36,15 @@ def test_a_failed_check_is_noted_and_ends_with_1(tmp_path, monkeypatch):
         for name, value in (("fine", 1.0), ("too large", 2.0), ("no number", float("nan"))):
             report.note(name, value, at_most=1.5)
         report.note("too large for a real one", 2.0, at_most=1.5, of_size=True)
+        raise torch.OutOfMemoryError("there is none")
 
     monkeypatch.setitem(gpu.PARTS, "right", part)
-    for toy, failed in ((["--toy"], 2), ([], 3)):
+    for toy, failed in ((["--toy"], 3), ([], 4)):
         with pytest.raises(SystemExit) as end:
             gpu.main(["right", str(tmp_path), "--qwen", "x", "--smollm", "x", *toy])
         assert end.value.code == 1
-        assert len(read(tmp_path, "right")["failed"]) == failed
+        content = read(tmp_path, "right")
+        assert len(content["failed"]) == failed and not content["finished"]
 
 
 def test_scores_of_another_policy_are_found(model_folder, tmp_path, monkeypatch):
@@ -55,7 +59,7 @@ def test_scores_of_another_policy_are_found(model_folder, tmp_path, monkeypatch)
         return score(model, samples, rows)
 
     monkeypatch.setattr(rollout, "score", of_another)
-    report = gpu.Report(args)
+    report = gpu.Report(args, tmp_path)
     gpu.right(report)
     assert "bf16 false, log p: mean distance, nats" in report.failed
 

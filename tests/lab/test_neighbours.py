@@ -104,7 +104,9 @@ def test_dcpo_mixes_in_the_policy_at_another_temperature(H, T, random_model, tok
     a = min(abs(0.4 - H), 0.1) / (7 / 12)  # 7 of 12 are right
     m = a / (1 + a)
     number = NUMBER[:12].expand(mask.shape)[mask]
-    expected = (1 - m) * table.advantages[number] + m * REWARDS.flatten()[number] * ratio
+    usual = scope_rl.group_advantages(REWARDS).flatten()
+    expected = (1 - m) * usual[number] + m * REWARDS.flatten()[number] * ratio
+    assert table.has_gradient().tolist() == [True] * 12  # also where all of a group are right, and A = 0
     A = variant.token_advantages(samples.logprobs, samples.entropies, mask, table)
     assert torch.allclose(A[mask].double(), expected, atol=1e-4)
     assert not model.base_model._forward_hooks

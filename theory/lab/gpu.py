@@ -8,14 +8,16 @@
     24GB, 16GB    the same as fits in so much memory
     works         the preset tiny, and a pretrained model with SCOPE and with GRPO: their curves
 
-TRL's step beside ours is measured by `python theory/tools/benchmark.py speed --peer --preset qwen3-0.6b`.
+TRL's step beside ours: `python theory/tools/benchmark.py speed --peer --preset qwen3-0.6b`.
 
 A part prints each figure, and writes it to OUT/PART.json at once. It exits with 1 if a check failed. With
---toy all is small enough for a CPU, and what depends on size or speed is measured but not checked. A
-model's folder that has a config and a tokenizer, but no weights, is given random ones: they are as fast.
+--toy all is small enough for a CPU, and what depends on size or speed is measured but not checked. Where a
+model's folder has a config and a tokenizer but no weights, random ones are taken, in a copy. They need the
+same memory, and nearly all their completions are of the greatest length. OUT/PART.json says so.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -45,19 +47,43 @@ HAS_GPU = torch.cuda.is_available()
 class Report:
     """The figures of a part, in a file that is whole after each of them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.figures, self.failed = args, {}, []
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.figures: dict[str, float] = {}
+        self.failed: list[str] = []
+        self.random: list[str] = []  # models without trained weights
+        self.is_finished = False
+        self.qwen, self.smollm = self.with_weights(args.qwen), self.with_weights(args.smollm)
         device = torch.cuda.get_device_name() if HAS_GPU else "CPU"
         self.on = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}"
+        self.write()
 
-    def note(self, name: str, value: float | str, at_most: float = np.inf, of_size: bool = False) -> None:
+    def with_weights(self, model: str) -> str:
+        """The model, or a copy of its folder with random weights if it has none."""
+        folder = Path(model)
+        files = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+        if not folder.is_dir() or files:
+            return model
+        self.random.append(model)
+        copy = tempfile.mkdtemp(dir=self.work)
+        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(copy)
+        shape = transformers.AutoConfig.from_pretrained(model)
+        transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(copy)
+        return copy
+
+    def note(self, name: str, value: float, at_most: float = np.inf, of_size: bool = False) -> None:
         """Print and write a figure. It fails above `at_most`, except a toy's if it is one `of_size`."""
         is_checked = at_most < np.inf and not (of_size and self.args.toy)
         if is_checked and not value <= at_most:  # nor may it be NaN
             self.failed.append(name)
         print(f"{name:<60} {value:<10.5g} {'FAILS' if name in self.failed else ''}", flush=True)
         self.figures[name] = float(value)
-        content = {"on": self.on, "failed": self.failed, "figures": self.figures}
+        self.write()
+
+    def write(self) -> None:
+        """Write what is known so far."""
+        content = {"on": self.on, "random weights": self.random, "finished": self.is_finished}
+        content |= {"failed": self.failed, "figures": self.figures}
         path = self.args.out / f"{self.args.part}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -65,7 +91,7 @@ class Report:
         """A config of train.py, for a new folder. A toy's is smaller."""
         if self.args.toy:
             options += f" {TOY}"
-        folder = tempfile.mkdtemp()
+        folder = tempfile.mkdtemp(dir=self.work)
         return train.parse_config([*options.split(), "--model", model, "--output_dir", folder])
 
 
@@ -74,8 +100,9 @@ def right(report: Report) -> None:
     """Sampling against scoring in float32 and in bfloat16, and a step here against one on the CPU."""
     for bf16, at_most in (("false", 1e-4), ("true", 0.05)):
         options = f"{QWEN} --generation_batch_size 32 --max_completion_length 64 --bf16 {bf16}"
-        run = train.set_up(report.config(options, report.args.qwen))
-        torch.set_float32_matmul_precision("highest")
+        run = train.set_up(report.config(options, report.qwen))
+        if bf16 == "false":
+            torch.set_float32_matmul_precision("highest")
         compare_with_scores(report, f"bf16 {bf16}", run, at_most)
     compare_with_cpu(report)
 
@@ -94,35 +121,27 @@ def compare_with_scores(report: Report, name: str, run: train.Run, at_most: floa
     mask = samples.completion_mask & within.to(model.device)
     samples = replace(samples, completion_mask=mask)
 
-    def broken_gradients(loss: torch.Tensor) -> int:
-        loss.backward()
-        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        model.zero_grad()
-        return sum(not gradient.isfinite().all() for gradient in gradients)
-
     distances, broken, rows = [], 0, rows.to(model.device)
     for micro in rollout.micro_batches(model.train(), samples, rows, size):
         logprobs, entropies = rollout.score(model, samples, micro)
         both = torch.stack([logprobs - samples.logprobs[micro], entropies - samples.entropies[micro]])
         distances.append(both[:, mask[micro]].abs().detach())  # [2, tokens]
-        broken += broken_gradients((logprobs + entropies).sum())
+        (logprobs + entropies).sum().backward()
+        for weight in model.parameters():
+            broken += weight.grad is None or not bool(weight.grad.isfinite().all())
+        model.zero_grad()
     for quantity, distance in zip(("log p", "H"), torch.cat(distances, 1), strict=True):
         report.note(f"{name}, {quantity}: mean distance, nats", distance.mean(), at_most)
         report.note(f"{name}, {quantity}: largest distance, nats", distance.max())
-    report.note(f"{name}: gradients that are not finite", broken, at_most=0)
-
-    # On a GPU the core does not read shared prompts once. Would that be right? (Not with checkpointing.)
-    if not model.is_gradient_checkpointing:
-        states = rollout.states_after_shared_prompts(model, samples, rows)
-        distance = (states - rollout.states_of_whole_rows(model, samples, rows)).abs().max()
-        report.note(f"{name}, shared prompts: largest distance of states", distance.item())
-        broken = broken_gradients(states.sum())
-        report.note(f"{name}, shared prompts: gradients that are not finite", broken)
+    report.note(f"{name}: gradients that are missing or not finite", broken, at_most=0)
 
 
 def compare_with_cpu(report: Report) -> None:
-    """A step here and a step on the CPU from the same weights, with the same samples, in float32."""
-    kept, steps = [], []
+    """A step here and a step on the CPU, from the same weights and samples: how far do weights move?
+
+    In float32, and with plain gradient descent, since AdamW's first step keeps only signs.
+    """
+    kept, moves = [], []
 
     def same_samples(*given) -> rollout.Rollout:
         if not kept:
@@ -132,16 +151,18 @@ def compare_with_cpu(report: Report) -> None:
         return replace(kept[0], **tensors)
 
     for device in ("cuda" if HAS_GPU else "cpu", "cpu"):
-        ours = benchmark.Ours(report.config("--preset laptop", report.args.smollm))
+        run = benchmark.Ours(report.config("--preset laptop --learning_rate 1", report.smollm)).run
         torch.set_float32_matmul_precision("highest")
-        ours.run.model.to(device)
-        ours.run.generate = same_samples
-        ours.step()
-        steps += ours.steps
-    for name in ("entropy", "loss", "grad_norm"):
-        here, there = (step[name] for step in steps)
-        distance = abs(here - there) / max(abs(there), 0.01)
-        report.note(f"a step here and on the CPU, {name}: relative distance", distance, at_most=1e-3)
+        run.model.to(device)
+        run.generate = same_samples
+        run.optimizer = torch.optim.SGD(run.model.parameters())
+        before = torch.nn.utils.parameters_to_vector(run.model.parameters()).detach().cpu()
+        train.train_step(run)
+        after = torch.nn.utils.parameters_to_vector(run.model.parameters()).detach().cpu()
+        moves.append(after - before)
+    here, there = moves
+    report.note("a step here: how far the weights move", here.norm())
+    report.note("distance from a step on the CPU, relative", (here - there).norm() / there.norm(), 1e-3)
 
 
 # --- Fits
@@ -153,21 +174,22 @@ def fits(report: Report) -> None:
 
 
 def measure_steps(report: Report, name: str, options: str = "", gigabytes: float = 0) -> float:
-    """Median seconds of steps in which every completion teaches; peaks of memory, under a limit if given."""
+    """Seconds of a step in which every completion teaches, the best of two; peaks, under a limit if given."""
     if HAS_GPU and gigabytes > 0:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / total)
-    config = report.config(f"{QWEN} {options}", report.args.qwen)
+    gc.collect()  # a run before this one, which holds itself
+    torch.cuda.empty_cache()
+    config = report.config(f"{QWEN} {options}", report.qwen)
     ours = benchmark.Ours(config)
-
-    # A short step comes first, which loads kernels.
-    length, config.max_completion_length = config.max_completion_length, 4
-    ours.step()
-    config.max_completion_length = length
-    ours.step()
-    ours.step()
+    for _ in range(3):  # the first loads kernels and is not measured
+        ours.step()
     for key in ("step_seconds", "rollout_seconds", "completion_length", "taught"):
-        report.note(f"{name}: {key}", np.median([step[key] for step in ours.steps[1:]]))
+        report.note(f"{name}: {key}", min(step[key] for step in ours.steps[1:]))
+    if HAS_GPU:
+        stats = torch.cuda.memory_stats()
+        report.note(f"{name}: most memory reserved, GB", stats["reserved_bytes.all.peak"] / 1e9)
+        report.note(f"{name}: retries of the allocator", stats["num_alloc_retries"])
 
     # Peaks of memory, in GB, beside those that are calculated.
     prompts = ours.run.tokenizer(list(ours.run.prompts.values())).input_ids
@@ -181,33 +203,41 @@ def measure_steps(report: Report, name: str, options: str = "", gigabytes: float
 
 
 def fast(report: Report) -> None:
-    """Sampling with and without CUDA graphs: the same tokens in float32, and half the time in bfloat16."""
+    """Sampling with CUDA graphs and without: are its log p those of `score`, and how fast is it?"""
     plain = rollout.decode
-    for bf16, sizes in (("false", "--generation_batch_size 16 --max_completion_length 64"), ("true", "")):
-        run = train.set_up(report.config(f"{QWEN} {sizes} --bf16 {bf16}", report.args.qwen))
+    for bf16, at_most in (("false", 1e-4), ("true", 0.05)):
+        run = train.set_up(report.config(f"{QWEN} --bf16 {bf16}", report.qwen))
+        if bf16 == "false":
+            torch.set_float32_matmul_precision("highest")
         B, C = run.config.generation_batch_size, run.config.max_completion_length
-        prompts = [*run.prompts.values()][:B]
-        uniforms, samples = torch.rand(B, C, dtype=torch.float64), []
+        C = 64 if bf16 == "false" else C
+        prompts, T = [*run.prompts.values()][:B], torch.ones(B)
+        uniforms, sampled = torch.rand(B, C, dtype=torch.float64), []
         for decode in (plain, graphs.decode):
             rollout.decode = decode
-            for length in (4, C):  # a short call comes first, which loads kernels
-                chosen = run.generate(run.model, run.tokenizer, prompts, torch.ones(B), length, uniforms)
-            samples.append(chosen)
+            for length in (4, C):  # the short call loads kernels
+                own = uniforms[:, :length]
+                samples = rollout.generate(run.model.eval(), run.tokenizer, prompts, T, length, own)
+            sampled.append(samples)
         rollout.decode = plain
-        if bf16 == "false":
-            equal = samples[0].texts == samples[1].texts
-            report.note("bf16 false: graphs' tokens are others", 0.0 if equal else 1.0, at_most=0)
-        ratio = samples[1].seconds / samples[0].seconds
-        report.note(f"bf16 {bf16}: seconds without", samples[0].seconds)
-        report.note(f"bf16 {bf16}: seconds with / without", ratio, 0.5 if bf16 == "true" else np.inf, True)
+
+        rows = torch.arange(min(B, 16), device=run.model.device)
+        with torch.no_grad():
+            distance = rollout.score(run.model, samples, rows)[0] - samples.logprobs[rows]
+        of_tokens = distance.abs()[samples.completion_mask[rows]]
+        report.note(f"bf16 {bf16}, log p with graphs: mean distance, nats", of_tokens.mean(), at_most)
+        equal = np.mean([one == other for one, other in zip(*(both.texts for both in sampled), strict=True)])
+        report.note(f"bf16 {bf16}: share of equal texts (rounding can turn a draw)", equal)
+        report.note(f"bf16 {bf16}: seconds without graphs", sampled[0].seconds)
+        report.note(f"bf16 {bf16}: seconds with graphs", sampled[1].seconds)
 
 
 # --- Works
 def works(report: Report) -> None:
     """Whole runs. Their metrics are kept in OUT; noted are H and the reward, and how soon they are there."""
     control(report, "tiny", "--preset tiny", train.START)
-    control(report, "pretrained, SCOPE", SMOLLM, report.args.smollm)
-    control(report, "pretrained, GRPO", f"{SMOLLM} --algorithm grpo", report.args.smollm)
+    control(report, "pretrained, SCOPE", SMOLLM, report.smollm)
+    control(report, "pretrained, GRPO", f"{SMOLLM} --algorithm grpo", report.smollm)
 
 
 def control(report: Report, name: str, options: str, model: str) -> None:
@@ -224,8 +254,9 @@ def control(report: Report, name: str, options: str, model: str) -> None:
         error = abs(H[last].mean() / target - 1)
         report.note(f"{name}: relative distance of H from {target}", error, 0.1, of_size=True)
         arrived = (np.abs(H / target - 1) < 0.1) & (reward >= 0.9)
-        took = seconds[: arrived.argmax() + 1].sum() if arrived.any() else np.inf
-        report.note(f"{name}: seconds to a reward of .9 within a tenth of the target", took)
+        if arrived.any():
+            took = seconds[: arrived.argmax() + 1].sum()
+            report.note(f"{name}: seconds to a reward of .9 within a tenth of the target", took)
     else:
         report.note(f"{name}: H at the end / at first", H[last].mean() / H[0], 0.25, of_size=True)
     report.note(f"{name}: reward at the end", reward[last].mean())
@@ -254,13 +285,16 @@ def main(argv: list[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in (args.qwen, args.smollm):
-        if Path(name).is_dir() and not list(Path(name).glob("*.safetensors")):
-            shape = transformers.AutoConfig.from_pretrained(name)
-            transformers.AutoModelForCausalLM.from_config(shape).save_pretrained(name)
-    report = Report(args)
-    print(f"{args.part}, on {report.on}")
-    PARTS[args.part](report)
+    with tempfile.TemporaryDirectory() as work:
+        report = Report(args, Path(work))
+        print(f"{args.part}, on {report.on}")
+        try:
+            PARTS[args.part](report)
+            report.is_finished = True
+        except (ValueError, OSError, RuntimeError) as error:  # memory that ran out is the last
+            report.failed.append(f"{type(error).__name__}: {error!s:.300}")
+            print(report.failed[-1])
+        report.write()
     sys.exit(1 if report.failed else 0)
 
 

@@ -1,6 +1,6 @@
 """Decoding with CUDA graphs: a step of `generate` is bound by Python, not by the GPU. **Not measured.**
 
-A token of Qwen3-0.6B takes some 1,800 kernels, which a CPU starts one by one. A CUDA graph starts them
+A token of Qwen3-0.6B takes hundreds of kernels, which a CPU starts one by one. A CUDA graph starts them
 all at once: the body's work on one new token a row is recorded, and replayed for all others. That needs
 tensors which stay where they are. So keys and values are in a cache of fixed length, all rows stay until
 the last has ended, and the inputs of a token are copied to where the recording read them.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from rollout import Sampler, empty_cache
 
@@ -95,21 +96,29 @@ def recorded(model: PreTrainedModel, cache: StaticCache) -> Iterator[None]:
 def decode(
     model: PreTrainedModel, inputs, owner: Tensor, temperatures: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Continue prompt owner[i] in row i. Token ids `[B, C]`, and `Sampler`'s notes `[2, B, C]`."""
+    """Continue prompt owner[i] in row i. Token ids `[B, C]`, and `Sampler`'s notes `[2, B, C]`.
+
+    Raises ValueError for a model whose cache is not of plain layers, as with sliding windows.
+    """
     C = uniforms.shape[1]
     prompts, mask = inputs.input_ids, inputs.attention_mask  # [P, L]
     L = prompts.shape[1]
     config = model.generation_config
     config.disable_compile = True  # `generate` would compile for a static cache
 
-    # Read each prompt once, and copy its keys and values to its rows, in a cache of fixed length.
+    # A cache of fixed length.
+    length = -(-(L + C) // ROUND) * ROUND
+    cache = FixedCache(config=model.config, max_cache_len=length)
+    if any(type(layer) is not StaticLayer for layer in cache.layers):
+        raise ValueError("graphs need a model whose layers all attend to all that came before")
+
+    # Read each prompt once, and copy its keys and values to its rows.
     read = empty_cache(model)
     model.generate(prompts[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1, past_key_values=read)
     read.batch_select_indices(owner)
-    length = -(-(L + C) // ROUND) * ROUND
-    cache = FixedCache(config=model.config, max_cache_len=length)
     for layer, prompt in zip(cache.layers, read.layers, strict=True):
         layer.update(prompt.keys, prompt.values)
+    del read
 
     # Draw all tokens in one call.
     sampler = Sampler(temperatures, uniforms)

@@ -46,7 +46,7 @@ class Opefo(FlowBalance):
     lam = (S_down - S_up) / (S_down + S_up).   dH = -A g here, without gbar (see FlowBalance).
 
     Theirs is one gradient step a rollout. Here it is as many as in the runs it is compared with, and
-    the batch is a mini-batch.
+    the batch is a mini-batch. In the sums all tokens count equally, whatever the length of their answer.
     """
 
     __call__ = Variant.__call__  # not EntroPIC's
@@ -61,7 +61,8 @@ class Avspo(Variant):
     ACR is the share of such groups. When it exceeds 1/2, each of them gets K = min(G, ceil(G sqrt(ACR)))
     virtual rewards, .1 if all are wrong and .9 if all are right, which count in its mean and standard
     deviation only. By that a sample's advantage is sqrt(K / G) for a right one and -sqrt(K / G) for a
-    wrong one, whatever the virtual reward is. (.9 is our choice. Their threshold adapts.)
+    wrong one, whatever the virtual reward is. (.9 is our choice. Their threshold adapts. This is their
+    text; their code adds one virtual reward of the other kind.)
     """
 
     def change(self, table, rewards, auxiliary, alpha):
@@ -82,8 +83,9 @@ class SmallToLarge(Variant):
     """S2L-PO (arXiv 2605.30789): at first the completions are a smaller model's, pi_S, which is not trained.
 
     G_S of a prompt's G ordinary completions are drawn from pi_S. Advantages are those of the whole
-    group, and the ratio of a foreign completion is pi / pi_S, clipped as ever. G_S falls linearly from G
-    to 0 in the first 70% of the run. The entropy is that of the policy, on pi_S's contexts as well.
+    group, and the ratio of a foreign completion is pi / pi_S, clipped as ever. G_S falls from G to 0,
+    here linearly in the first 70% of the run, which is our choice. The entropy is that of the policy, on
+    pi_S's contexts as well.
     """
 
     def __init__(self, run):
@@ -123,6 +125,8 @@ class Dcpo(TokenWise):
 
         A <- (1 - m) A + m 1[R = 1] pi_old^T(o_t) / pi_old(o_t),   T = 1.2 if H <= H0 else 0.8
         m = a / (1 + a),   a = min(|H0 - H|, 0.1) / (share of samples with R = 1)
+
+    Their H is the mean of -log p of the sampled tokens. Here it is exact, and the step's before.
     """
 
     is_hot = True
@@ -147,8 +151,12 @@ class Dcpo(TokenWise):
         a = self.distance / max((rewards == 1).float().mean().item(), 1e-6)
         self.mixture = a / (1 + a)
 
+        # Right samples of equal groups have A = 0, but they teach here. So the table must not drop them.
+        self.A = table.advantages.clone()
+        table.advantages[(self.A == 0) & (self.right == 1)] = 1.0
+
     def token_advantages(self, logprobs, entropies, mask, table):
-        A = super().token_advantages(logprobs, entropies, mask, table)
+        A = self.A[table.number, None]  # [b, 1]
         target = self.right[table.number, None] * self.ratios[table.number, : mask.shape[1]]
         mixed = (1 - self.mixture) * A + self.mixture * target
         return torch.where(self.is_ordinary(table), mixed, A)
@@ -161,7 +169,7 @@ class Stare(TokenWise):
     W <- clip(W + 0.01 sign(H0 - H), 1, 1.5),   W = 1.1 at first
 
     Their gate takes the entropy of the same step, here it is the step's before; the tenth is that of a
-    mini-batch.
+    mini-batch. The numbers .01 and 1.5 are our choice.
     """
 
     is_low = True
@@ -189,7 +197,8 @@ class AllAtT(Variant):
     T <- T (1 + T log(H0 / H) / (log V + log log V))
 
     As in the authors' code, ratios and entropies are those of softmax(z / T), too, so the policy that is
-    trained is pi^T as a whole. Evaluations are at temperature 1.
+    trained is pi^T as a whole. Evaluations are at temperature 1. Their target falls in training, here
+    it stays.
     """
 
     heat = 1.0

@@ -193,8 +193,13 @@ def speed(config: train.Config, repeats: int, peer: bool) -> None:
             taught, length = column(steps, "taught"), column(steps, "completion_length")
             print(f"{name}: {taught.min()} of {rows + config.num_auxiliary} completions taught", end="")
             print(f" in each step, their mean length is {length.mean():.1f} tokens")
-    for name in ("peak while sampling", "peak while updating"):
-        print(f"{name}: {column(ours.steps, name).max():.2f} GB")
+    sampling, updating = (
+        column(ours.steps, f"peak while {phase}").max() for phase in ("sampling", "updating")
+    )
+    if not torch.cuda.is_available():
+        print(f"peak memory of the process: {updating:.2f} GB")
+    elif not peer:  # TRL's model would count as well
+        print(f"peak memory: {sampling:.2f} GB while sampling, {updating:.2f} GB while updating")
 
 
 def main(argv: list[str]) -> None:

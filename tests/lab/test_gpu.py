@@ -12,10 +12,6 @@ import graphs
 import rollout
 
 
-def read(folder, part: str) -> dict:
-    return json.loads((folder / f"{part}.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_a_part_at_small_sizes(part, model_folder, tmp_path):
@@ -24,7 +20,7 @@ def test_a_part_at_small_sizes(part, model_folder, tmp_path):
     with pytest.raises(SystemExit) as end:
         gpu.main([part, str(tmp_path), "--toy", "--qwen", str(shape), "--smollm", str(model_folder)])
     assert end.value.code == 0
-    content = read(tmp_path, part)
+    content = json.loads((tmp_path / f"{part}.json").read_text())
     assert content["finished"] and content["random weights"] == [str(shape)] and len(content["figures"]) >= 5
     assert not list(shape.glob("*.safetensors"))
     if part == "works":
@@ -43,7 +39,7 @@ def test_a_failed_check_is_noted_and_ends_with_1(tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as end:
             gpu.main(["right", str(tmp_path), "--qwen", "x", "--smollm", "x", *toy])
         assert end.value.code == 1
-        content = read(tmp_path, "right")
+        content = json.loads((tmp_path / "right.json").read_text())
         assert len(content["failed"]) == failed and not content["finished"]
 
 

@@ -121,8 +121,6 @@ class SmallToLarge(Variant):
 class Dcpo(TokenWise):
     """DCPO (arXiv 2601.12730), by the authors' code: a mixture with the policy at another temperature.
 
-    Nothing more is drawn. For each token of the ordinary samples
-
         A <- (1 - m) A + m 1[R = 1] pi_old^T(o_t) / pi_old(o_t),   T = 1.2 if H <= H0 else 0.8
         m = a / (1 + a),   a = min(|H0 - H|, 0.1) / (share of samples with R = 1)
 

@@ -332,7 +332,7 @@ class Config:
     epsilon_high: float | None = option(None, "upper clip (clip-higher); by default epsilon")
     entropy_coef: float = option(0.0, "of an entropy bonus, the usual alternative to SCOPE")
 
-    scope_target_entropy: float = option(0.5, "H0, nats a token", tiny=0.4, group="SCOPE")
+    scope_target_entropy: float = option(0.5, "H0, nats a token", laptop=0.8, tiny=0.4, group="SCOPE")
     scope_alpha: float = option(1 / 64, "alpha, the weight of the term", laptop=2.0, tiny=1.0)
     scope_share: float = option(1 / 64, "auxiliary samples per ordinary one", laptop=0.5, tiny=0.25)
     scope_temperature_min: float = option(0.8, "smallest T", laptop=0.9, tiny=0.5, minimum=0.01)

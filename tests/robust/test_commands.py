@@ -226,7 +226,7 @@ def test_in_a_notebook_it_runs_and_resumes_and_leaves_ctrl_c_alone(run_line, fin
 
 def test_a_terminal_that_cannot_show_a_completion_does_not_end_the_run(run_line, home, tmp_path, monkeypatch):
     """Redirected output on Windows, or a plain C locale, has only a few characters."""
-    easy = (home / "easy.py").read_text().replace("return ", "task = ")
+    easy = (home / "easy.py").read_text().replace("return countdown", "task = countdown")
     more = "    return task._replace(train=[problem._replace(question=problem.question + 'Ä') for problem in task.train])"
     (tmp_path / "foreign.py").write_text(easy + more, encoding="utf-8")
     with open(tmp_path / "said", "w", encoding="ascii") as said:

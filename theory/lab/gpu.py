@@ -41,6 +41,7 @@ SMOLLM = "--preset laptop --generation_batch_size 512 --num_generations 8 --num_
 SMOLLM += "--learning_rate 5e-6 --max_steps 60 --bf16 true --per_device_train_batch_size 64"
 TOY = "--instruction = --generation_batch_size 16 --num_generations 4 --max_completion_length 6 "
 TOY += "--max_steps 5 --num_eval_problems 2 --num_eval_generations 4 --per_device_train_batch_size 8"
+AT_MOST = {"false": 1e-4, "true": 0.05}  # by bf16: nats between sampled and scored log p, in the mean
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -95,22 +96,26 @@ class Report:
         return train.parse_config([*options.split(), "--model", model, "--output_dir", folder])
 
 
+def set_up(report: Report, options: str, bf16: str) -> train.Run:
+    """A run of the preset. In float32 it computes without TF32."""
+    run = train.set_up(report.config(f"{QWEN} {options} --bf16 {bf16}", report.qwen))
+    if bf16 == "false":
+        torch.set_float32_matmul_precision("highest")
+    return run
+
+
 # --- Right
 def right(report: Report) -> None:
     """Sampling against scoring in float32 and in bfloat16, and a step here against one on the CPU."""
-    for bf16, at_most in (("false", 1e-4), ("true", 0.05)):
-        options = f"{QWEN} --generation_batch_size 32 --max_completion_length 64 --bf16 {bf16}"
-        run = train.set_up(report.config(options, report.qwen))
-        if bf16 == "false":
-            torch.set_float32_matmul_precision("highest")
-        compare_with_scores(report, f"bf16 {bf16}", run, at_most)
+    for bf16, at_most in AT_MOST.items():
+        run = set_up(report, "--generation_batch_size 32 --max_completion_length 64", bf16)
+        compare_with_scores(report, f"bf16 {bf16}", run, samples_of_all_lengths(run), at_most)
     compare_with_cpu(report)
 
 
-def compare_with_scores(report: Report, name: str, run: train.Run, at_most: float) -> None:
-    """log p and H as noted in sampling against `score`, and whether each gradient is finite."""
-    # Completions of a step's prompts. Each fourth is drawn hot. They are cut to 1, 2, 3 and more tokens.
-    model, G, size = run.model, run.config.num_generations, run.config.per_device_train_batch_size
+def samples_of_all_lengths(run: train.Run) -> rollout.Rollout:
+    """Completions of a step's prompts, cut to 1, 2, 3 and more tokens. Each fourth is drawn hot."""
+    model, G = run.model, run.config.num_generations
     prompts = [run.prompts[problem.question] for problem in train.problems_of_step(run) for _ in range(G)]
     temperatures = torch.ones(len(prompts))
     temperatures[::4] = 1.5
@@ -118,10 +123,14 @@ def compare_with_scores(report: Report, name: str, run: train.Run, at_most: floa
     samples = run.generate(model.eval(), run.tokenizer, prompts, temperatures, length)
     rows, places = torch.arange(len(prompts)), torch.arange(samples.completions.shape[1])
     within = places < 1 + rows[:, None] % len(places)  # [B, C]
-    mask = samples.completion_mask & within.to(model.device)
-    samples = replace(samples, completion_mask=mask)
+    return replace(samples, completion_mask=samples.completion_mask & within.to(model.device))
 
-    distances, broken, rows = [], 0, rows.to(model.device)
+
+def compare_with_scores(report: Report, name: str, run: train.Run, samples, at_most: float) -> None:
+    """log p and H as noted in sampling against `score`, and whether each gradient is finite."""
+    model, mask, size = run.model, samples.completion_mask, run.config.per_device_train_batch_size
+    rows = torch.arange(len(mask), device=model.device)
+    distances, broken = [], 0
     for micro in rollout.micro_batches(model.train(), samples, rows, size):
         logprobs, entropies = rollout.score(model, samples, micro)
         both = torch.stack([logprobs - samples.logprobs[micro], entropies - samples.entropies[micro]])
@@ -188,7 +197,7 @@ def measure_steps(report: Report, name: str, options: str = "", gigabytes: float
         report.note(f"{name}: {key}", min(step[key] for step in ours.steps[1:]))
     if HAS_GPU:
         stats = torch.cuda.memory_stats()
-        report.note(f"{name}: most memory reserved, GB", stats["reserved_bytes.all.peak"] / 1e9)
+        report.note(f"{name}: memory reserved in the end, GB", stats["reserved_bytes.all.current"] / 1e9)
         report.note(f"{name}: retries of the allocator", stats["num_alloc_retries"])
 
     # Peaks of memory, in GB, beside those that are calculated.
@@ -205,10 +214,8 @@ def measure_steps(report: Report, name: str, options: str = "", gigabytes: float
 def fast(report: Report) -> None:
     """Sampling with CUDA graphs and without: are its log p those of `score`, and how fast is it?"""
     plain = rollout.decode
-    for bf16, at_most in (("false", 1e-4), ("true", 0.05)):
-        run = train.set_up(report.config(f"{QWEN} --bf16 {bf16}", report.qwen))
-        if bf16 == "false":
-            torch.set_float32_matmul_precision("highest")
+    for bf16, at_most in AT_MOST.items():
+        run = set_up(report, "", bf16)
         B, C = run.config.generation_batch_size, run.config.max_completion_length
         C = 64 if bf16 == "false" else C
         prompts, T = [*run.prompts.values()][:B], torch.ones(B)
@@ -221,11 +228,7 @@ def fast(report: Report) -> None:
             sampled.append(samples)
         rollout.decode = plain
 
-        rows = torch.arange(min(B, 16), device=run.model.device)
-        with torch.no_grad():
-            distance = rollout.score(run.model, samples, rows)[0] - samples.logprobs[rows]
-        of_tokens = distance.abs()[samples.completion_mask[rows]]
-        report.note(f"bf16 {bf16}, log p with graphs: mean distance, nats", of_tokens.mean(), at_most)
+        compare_with_scores(report, f"bf16 {bf16}, with graphs", run, samples, at_most)
         equal = np.mean([one == other for one, other in zip(*(both.texts for both in sampled), strict=True)])
         report.note(f"bf16 {bf16}: share of equal texts (rounding can turn a draw)", equal)
         report.note(f"bf16 {bf16}: seconds without graphs", sampled[0].seconds)

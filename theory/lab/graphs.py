@@ -58,7 +58,7 @@ class Recorded:
         def call() -> None:
             self.output = self.forward(**pytree.tree_unflatten(self.inputs, structure))
 
-        if not input_is_on_gpu(values):
+        if not self.cache.layers[0].keys.is_cuda:
             self.replay = call
             return
 
@@ -75,10 +75,6 @@ class Recorded:
         with torch.cuda.graph(graph):
             call()
         self.replay = graph.replay
-
-
-def input_is_on_gpu(values: list) -> bool:
-    return any(isinstance(value, Tensor) and value.is_cuda for value in values)
 
 
 @contextmanager

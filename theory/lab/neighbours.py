@@ -145,19 +145,19 @@ class Dcpo(TokenWise):
 
     def change(self, table, rewards, auxiliary, alpha):
         super().change(table, rewards, auxiliary, alpha)
-        self.right = (torch.cat([rewards.flatten(), auxiliary]) == 1).float()  # [B]
-        a = self.distance / max((rewards == 1).float().mean().item(), 1e-6)
-        self.mixture = a / (1 + a)
+        is_right = (rewards.flatten() == 1).float()  # [N]
+        a = self.distance / max(is_right.mean().item(), 1e-6)
+        m = a / (1 + a)
 
-        # Right samples of equal groups have A = 0, but they teach here. So the table must not drop them.
-        self.A = table.advantages.clone()
-        table.advantages[(self.A == 0) & (self.right == 1)] = 1.0
+        # The table has the mixture for pi^T / pi = 1, so it keeps right samples of equal groups, too.
+        ordinary = table.advantages[: len(is_right)]
+        ordinary.copy_((1 - m) * ordinary + m * is_right)
+        self.pull = F.pad(m * is_right, (0, len(auxiliary)))  # [B] m 1[R = 1]
 
     def token_advantages(self, logprobs, entropies, mask, table):
-        A = self.A[table.number, None]  # [b, 1]
-        target = self.right[table.number, None] * self.ratios[table.number, : mask.shape[1]]
-        mixed = (1 - self.mixture) * A + self.mixture * target
-        return torch.where(self.is_ordinary(table), mixed, A)
+        A = super().token_advantages(logprobs, entropies, mask, table)
+        ratios = self.ratios[table.number, : mask.shape[1]]  # [b, C]
+        return A + self.pull[table.number, None] * (ratios - 1)
 
 
 class Stare(TokenWise):
